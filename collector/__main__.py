@@ -1,0 +1,168 @@
+"""``python -m collector``."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+
+from collector.housekeeping import Housekeeping, warn_of_small_disk
+from collector.inbox import Inbox
+from collector.mqtt import LOOP as NETWORK_LOOP
+from collector.mqtt import BrokerSession
+from collector.store import LOOP as WRITER_LOOP
+from collector.store import SALVAGE_KEY, Store
+from collector.validation import Validator
+from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from spool import (
+    Ballast,
+    Budget,
+    CorruptFileError,
+    NewerFormatError,
+    Retention,
+    Salvage,
+    SinkFile,
+    SpoolError,
+    SpoolWriter,
+    WrongEnvironmentError,
+    claim_environment,
+    set_aside,
+    spool_path,
+)
+
+WATCHDOG_S = 120.0
+"""Above the longest lawful silence: one commit or checkpoint on a very slow disk."""
+
+FINISH_TIMEOUT_S = 8.0
+"""What is in the inbox is committed and acknowledged within this; the rest comes again."""
+
+US_PER_HOUR = 3_600_000_000
+SUBSCRIPTION_KEY = "mqtt_subscription"
+SINKS = ("pubsub", "bigquery")
+
+log = logging.getLogger("collector")
+
+
+def _body(settings: Settings, stop: StopRequest) -> None:
+    sinks = [
+        SinkFile(settings.spool_dir, sink, enabled=sink in settings.enabled_sinks) for sink in SINKS
+    ]
+    writer, salvage = _open_spool(settings, sinks)
+    claim_environment(writer, settings.app_env, [sink.read() for sink in sinks])
+    warn_of_small_disk(writer, settings.spool_max_bytes)
+    try:
+        _collect(settings, stop, writer, salvage, sinks)
+    except CorruptFileError:
+        # Move it now, while we know; the restart makes a new one and salvages this one.
+        writer.close()
+        _tell_set_aside(set_aside(spool_path(settings.spool_dir)))
+        raise
+
+
+def _open_spool(
+    settings: Settings, sinks: Sequence[SinkFile]
+) -> tuple[SpoolWriter, Salvage | None]:
+    """Open the spool; a damaged one is set aside and a new one takes its place."""
+    directory = settings.spool_dir
+    try:
+        writer = SpoolWriter.open(directory)
+    except CorruptFileError as error:
+        log.critical("the spool is damaged: %s", error)
+        _tell_set_aside(set_aside(spool_path(directory)))
+        writer = SpoolWriter.open(directory)
+    if not writer.created:
+        position = writer.meta(SALVAGE_KEY)
+        return writer, Salvage.resumed(position) if position else None
+    damaged = sorted(directory.glob(f"{spool_path(directory).name}.damaged-*Z*"))
+    seen = [sink.read() for sink in sinks]
+    known = {p.epoch for p in seen if p.epoch}
+    if not damaged:
+        if known:
+            log.critical(
+                "spool.db was not there, although forwarders have worked on one: a new one is "
+                "begun. If it was moved away, its undelivered readings are still in it"
+            )
+        return writer, None
+    newest = next(p for p in reversed(damaged) if not p.name.endswith(("-wal", "-shm")))
+    # Cursors of one epoch only say how far the sinks were in the damaged file.
+    after = min((p.seq for p in seen if p.enabled), default=0) if len(known) == 1 else 0
+    salvage = Salvage(newest, after)
+    writer.set_meta(SALVAGE_KEY, salvage.position())
+    return writer, salvage
+
+
+def _tell_set_aside(path: os.PathLike[str]) -> None:
+    log.critical(
+        "the damaged spool was set aside, nothing was deleted; what can be read of it is copied "
+        "into a new one",
+        extra=fields(file=os.fspath(path)),
+    )
+
+
+def _collect(
+    settings: Settings,
+    stop: StopRequest,
+    writer: SpoolWriter,
+    salvage: Salvage | None,
+    sinks: Sequence[SinkFile],
+) -> None:
+    watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
+    inbox = Inbox(on_room=stop.wake)
+    known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
+    broker = [settings.mqtt_broker, settings.mqtt_port, settings.mqtt_client_id]
+    session = BrokerSession(
+        settings,
+        inbox,
+        stop,
+        watchdog,
+        known_filters=known[3:] if known[:3] == broker else (),
+        on_subscribed=lambda filters: store.remember(
+            SUBSCRIPTION_KEY, json.dumps([*broker, *filters])
+        ),
+    )
+    store = Store(
+        open_writer=lambda: SpoolWriter.open(settings.spool_dir),
+        writer=writer,
+        inbox=inbox,
+        validator=Validator(
+            settings.timestamp_formats,
+            reject_site_mismatch=settings.site_mismatch == "reject",
+            max_payload_bytes=settings.max_payload_bytes,
+        ),
+        housekeeping=Housekeeping(
+            sinks=sinks,
+            retention=Retention(int(settings.spool_retention_hours * US_PER_HOUR)),
+            budget=Budget(settings.spool_max_bytes),
+            ballast=Ballast(settings.spool_dir, settings.spool_max_bytes),
+            salvage=salvage,
+        ),
+        dedup_window=settings.dedup_window,
+        acknowledge=session.acknowledge,
+        drop_oldest=settings.spool_full_policy == "drop-oldest",
+        stop=stop,
+        watchdog=watchdog,
+    )
+    store.start()
+    try:
+        session.run()
+    finally:
+        inbox.close()
+        session.finish(lambda: store.finished, FINISH_TIMEOUT_S)
+        watchdog.stop()
+    if not store.finished:
+        log.warning("the writer is still waiting for the disk; the broker keeps its messages")
+        return
+    store.join()
+
+
+def main() -> ExitCode:
+    """Run the collector."""
+    codes: dict[type[Exception], ExitCode] = {
+        WrongEnvironmentError: ExitCode.CONFIG,
+        NewerFormatError: ExitCode.CONFIG,
+        SpoolError: ExitCode.STORAGE,
+    }
+    return run(Program("collector", _body, codes), os.environ)
+
+
+if __name__ == "__main__":
+    leave(main())

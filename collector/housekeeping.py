@@ -1,0 +1,189 @@
+"""What the collector does between batches: progress, pruning, limits, ballast, salvage."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+
+from lifecycle import fields
+from spool import (
+    Ballast,
+    Budget,
+    Level,
+    Retention,
+    Salvage,
+    SinkFile,
+    SinkProgress,
+    SpoolWriter,
+)
+
+log = logging.getLogger("collector")
+
+PROGRESS_INTERVAL_S = 1.0
+UNCHANGED_PROGRESS_INTERVAL_S = 15.0
+"""So that as_of stays fresh on a quiet system without a write each second."""
+
+LEVEL_INTERVAL_S = 1.0
+BALLAST_INTERVAL_S = 60.0
+RETURN_SPACE_STEP_BYTES = 1024 * 1024
+RETURN_SPACE_ABOVE_BYTES = 64 * 1024 * 1024
+"""Free pages below this are kept for reuse; a file that was once large shrinks to it."""
+
+_LEVEL_TEXT = {
+    Level.WARN: "the spool is filling up: over 80 % of SPOOL_MAX_BYTES",
+    Level.PRESSURE: "the spool is nearly full: delivered readings are pruned early",
+    Level.FULL: "the spool is full",
+}
+
+
+class Housekeeping:
+    """Keeps one spool within its limits, between the batches.
+
+    Args:
+        sinks: The files of all sinks, the disabled ones too.
+        retention: What may be pruned.
+        budget: SPOOL_MAX_BYTES.
+        ballast: Given up on a full disk.
+        salvage: A damaged spool to read from, if there is one.
+        clock: Seconds, monotonic.
+        now_us: Microseconds since 1970 UTC.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a seam that tests pass in
+        self,
+        *,
+        sinks: Sequence[SinkFile],
+        retention: Retention,
+        budget: Budget,
+        ballast: Ballast,
+        salvage: Salvage | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        self._sinks = sinks
+        self._retention = retention
+        self._budget = budget
+        self._ballast = ballast
+        self.salvage = salvage
+        self._clock = clock
+        self._now_us = now_us
+        self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
+        self._stored: list[SinkProgress] = []
+        self._read_at = float("-inf")
+        self._stored_at = float("-inf")
+        self._level_at = float("-inf")
+        self._ballast_at = float("-inf")
+        self._told = Level.GOOD
+        self.more = salvage is not None
+        """Whether there is work left that should not wait for the next message."""
+
+    def level(self, writer: SpoolWriter, incoming_bytes: int = 0) -> Level:
+        """Return how full the spool would be with ``incoming_bytes`` more."""
+        return self._budget.level(writer, incoming_bytes)
+
+    def turn(self, writer: SpoolWriter) -> None:
+        """Do a little of whatever is due."""
+        now = self._clock()
+        if now - self._read_at >= PROGRESS_INTERVAL_S:
+            self._read_progress(now)
+        if progress := self.progress_if_due():
+            writer.write_progress(progress)
+        level = self.level(writer)
+        if now - self._level_at >= LEVEL_INTERVAL_S:
+            self._level_at = now
+            self._tell_level(level, writer)
+        pruned = self._prune(writer, pressure=level >= Level.PRESSURE)
+        if not pruned and writer.free_bytes() > RETURN_SPACE_ABOVE_BYTES:
+            writer.return_space(RETURN_SPACE_STEP_BYTES)
+            pruned = 1
+        self.more = bool(pruned) or (self.salvage is not None)
+        if now - self._ballast_at >= BALLAST_INTERVAL_S and level < Level.FULL:
+            self._ballast_at = now
+            self._ballast.take()
+
+    def snapshot(self, writer: SpoolWriter) -> None:
+        """Store the sinks' positions now, as the last thing before the end."""
+        self._read_progress(self._clock())
+        writer.write_progress(self._progress)
+
+    def progress_if_due(self) -> list[SinkProgress]:
+        """Return the progress that the next transaction should store; empty if none is due."""
+        if not self._progress_due(self._clock()):
+            return []
+        self._stored = self._progress
+        self._stored_at = self._clock()
+        return self._progress
+
+    def _read_progress(self, now: float) -> None:
+        self._progress = [sink.read() for sink in self._sinks]
+        self._read_at = now
+
+    def _progress_due(self, now: float) -> bool:
+        if now - self._stored_at >= UNCHANGED_PROGRESS_INTERVAL_S:
+            return True
+        if now - self._stored_at < PROGRESS_INTERVAL_S:
+            return False
+        return len(self._stored) != len(self._progress) or any(
+            not new.same_as(old) for new, old in zip(self._progress, self._stored, strict=True)
+        )
+
+    def _prune(self, writer: SpoolWriter, *, pressure: bool) -> int:
+        return self._retention.prune_step(writer, self._progress, self._now_us(), pressure=pressure)
+
+    def make_room(self, writer: SpoolWriter, *, drop_oldest: bool) -> bool:
+        """Free space for a batch that does not fit; return whether anything was freed."""
+        self._read_progress(self._clock())
+        if self._prune(writer, pressure=True):
+            return True
+        if not drop_oldest:
+            if progress := self.progress_if_due():
+                writer.write_progress(progress)
+            return False
+        dropped = self._retention.drop_step(writer, self._progress)
+        if dropped:
+            log.error(
+                "SPOOL_FULL_POLICY=drop-oldest: readings were dropped undelivered",
+                extra=fields(rows=dropped, total=writer.counter("dropped")),
+            )
+        return bool(dropped)
+
+    def release_ballast(self) -> None:
+        """Give the ballast's space to the spool."""
+        self._ballast_at = self._clock()
+        if self._ballast.release():
+            log.warning("gave up the ballast file, so that pruning can begin")
+
+    def end_salvage(self) -> None:
+        """Report that everything readable of the damaged spool has been copied."""
+        if self.salvage is not None:
+            log.critical(
+                "what could be read of the damaged spool is in the new one; the old file stays "
+                "for whoever wants to look",
+                extra=fields(
+                    file=str(self.salvage.path),
+                    salvaged_rows=self.salvage.readable,
+                    damaged_rows=self.salvage.unreadable,
+                ),
+            )
+            self.salvage = None
+
+    def _tell_level(self, level: Level, writer: SpoolWriter) -> None:
+        if level == self._told:
+            return
+        used = fields(used_bytes=writer.used_bytes(), max_bytes=self._budget.max_bytes)
+        if level > self._told:
+            log.warning(_LEVEL_TEXT[level], extra=used)
+        elif level is Level.GOOD:
+            log.info("the spool has room again", extra=used)
+        self._told = level
+
+
+def warn_of_small_disk(writer: SpoolWriter, max_bytes: int) -> None:
+    """Warn if the disk cannot hold what SPOOL_MAX_BYTES allows."""
+    free = shutil.disk_usage(writer.path.parent).free
+    needed = max_bytes - writer.used_bytes()
+    if free < needed:
+        log.warning(
+            "SPOOL_MAX_BYTES is larger than the disk has room for: the disk will be full first",
+            extra=fields(free_bytes=free, needed_bytes=needed, directory=str(writer.path.parent)),
+        )

@@ -1,0 +1,321 @@
+"""The broker's side of the collector: connect, subscribe, read while there is room, acknowledge.
+
+One thread, the main one. It fills the inbox and sends the acknowledgements that the writer
+thread hands back after its commits. Acknowledgements belong to the connection on which the
+message came: the broker reuses packet identifiers, and a late one would acknowledge a
+message that was never stored.
+"""
+
+import logging
+import random
+import select
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paho.mqtt.client import Client, ConnectFlags
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
+from collector.inbox import Delivered, Inbox
+from collector.packets import Message
+from collector.paho_client import Ack, FastClient
+from lifecycle import Settings, StopRequest, Watchdog, fields
+
+log = logging.getLogger("collector.mqtt")
+
+KEEPALIVE_S = 30
+CONNECT_TIMEOUT_S = 5.0
+RECONNECT_FIRST_S = 0.5
+RECONNECT_MAX_S = 30.0
+LOOP_TIMEOUT_S = 1.0
+READS_PER_TURN = 16
+"""Then the loop looks at everything else: acknowledgements, keepalive, the wish to stop."""
+
+SUBSCRIBE_QOS = 1
+SUBSCRIBE_FAILED = 0x80
+
+SESSION_FLAP_S = 5.0
+SESSION_FLAPS_SUSPICIOUS = 3
+"""Connections in a row that each broke within SESSION_FLAP_S: another client with our id?"""
+
+LOOP = "network"
+
+_REFUSALS = {
+    "Unsupported protocol version": "the broker does not speak MQTT 3.1.1",
+    "Client identifier not valid": "set another MQTT_CLIENT_ID",
+    "Bad user name or password": "check MQTT_USERNAME and the file MQTT_PASSWORD_FILE",
+    "Not authorized": "check MQTT_USERNAME, MQTT_PASSWORD_FILE and the broker's access list",
+}
+
+
+@dataclass
+class _Connection:
+    """What is known of the present connection."""
+
+    generation: int
+    began: float
+    accepted: bool = False
+    subscribing: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    problem: str = ""
+
+
+class BrokerSession:
+    """Keeps the session with the broker, for as long as the program runs.
+
+    Args:
+        settings: Broker, credentials, TLS, client id, topic filters.
+        inbox: Where messages go.
+        stop: When to end; also wakes the loop.
+        watchdog: Told at each turn.
+        known_filters: The filters that the broker's session of this client id already has.
+        on_subscribed: Told the filters once the broker has granted them.
+        jitter: Returns a number from 0 to 1.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a seam that tests pass in
+        self,
+        settings: Settings,
+        inbox: Inbox,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        *,
+        known_filters: Sequence[str] = (),
+        on_subscribed: Callable[[Sequence[str]], None] = lambda _: None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._settings = settings
+        self._inbox = inbox
+        self._stop = stop
+        self._watchdog = watchdog
+        self._known_filters = tuple(known_filters)
+        self._on_subscribed = on_subscribed
+        self._jitter = jitter
+        self._acks: deque[tuple[int, list[Ack]]] = deque()
+        self._connection = _Connection(0, 0.0)
+        self._client = self._make_client()
+        self._failures = 0
+        self._flaps = 0
+
+    def _make_client(self) -> FastClient:
+        s = self._settings
+        client = FastClient(s.mqtt_client_id, s.max_payload_bytes, self._on_messages)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        if s.mqtt_tls_ca_file is not None:
+            context = ssl.create_default_context(cafile=str(s.mqtt_tls_ca_file))
+            if s.mqtt_tls_cert_file is not None:
+                context.load_cert_chain(
+                    str(s.mqtt_tls_cert_file),
+                    str(s.mqtt_tls_key_file) if s.mqtt_tls_key_file else None,
+                )
+            client.tls_set_context(context)
+        return client
+
+    def acknowledge(self, generation: int, acks: list[Ack]) -> None:
+        """Hand in acknowledgements of messages that are durable. From any thread."""
+        self._acks.append((generation, acks))
+        self._stop.wake()
+
+    def run(self) -> None:
+        """Hold the session until asked to stop."""
+        while not self._stop.requested:
+            if self._connect():
+                self._serve()
+                self._after_loss()
+            self._wait_to_reconnect()
+
+    def finish(self, until: Callable[[], bool], timeout_s: float) -> None:
+        """Read no more, send the last acknowledgements, and take leave of the broker.
+
+        Args:
+            until: Returns True once no more acknowledgements will come.
+            timeout_s: How long to wait for that.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not until() and time.monotonic() < deadline:
+            self._send_acks()
+            self._stop.drain()
+            select.select([self._stop], [], [], 0.05)
+        self._send_acks()
+        while self._client.want_write() and time.monotonic() < deadline:
+            if self._client.loop_write() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
+            time.sleep(0.001)
+        # A session is kept over a DISCONNECT; without one the broker would publish our will.
+        self._client.disconnect()
+        self._client.loop_write()
+
+    def _connect(self) -> bool:
+        """Open a connection and say CONNECT; return whether that much worked."""
+        s = self._settings
+        self._connection = _Connection(self._connection.generation + 1, time.monotonic())
+        self._acks.clear()
+        self._client.start_stream()
+        try:
+            if s.mqtt_username:
+                self._client.username_pw_set(s.mqtt_username, self._password())
+            self._client.connect(s.mqtt_broker, s.mqtt_port, keepalive=KEEPALIVE_S)
+        except ssl.SSLError as error:
+            self._connection.problem = (
+                f"TLS with {s.mqtt_broker}:{s.mqtt_port} failed: {error}; check MQTT_TLS_CA_FILE "
+                "and that the certificate names this host"
+            )
+            return False
+        except (OSError, ValueError) as error:
+            self._connection.problem = (
+                f"cannot reach the broker {s.mqtt_broker}:{s.mqtt_port}: {error}; is it running? "
+                "(systemctl status mosquitto)"
+            )
+            return False
+        return True
+
+    def _password(self) -> str | None:
+        # Read anew each time, so that a changed password needs no restart.
+        path = self._settings.mqtt_password_file
+        return path.read_text(encoding="utf-8").rstrip("\r\n") if path is not None else None
+
+    def _serve(self) -> None:
+        """Turn the loop until the connection is gone or the program should stop."""
+        client = self._client
+        unread = False
+        while not self._stop.requested:
+            sock: Any = client.socket()
+            if sock is None:
+                return
+            self._watchdog.beat(LOOP)
+            full = self._inbox.full
+            if full:
+                client.keep_alive_unread()
+            readers: list[Any] = [self._stop] if full else [sock, self._stop]
+            writers = [sock] if client.want_write() else []
+            # TLS may hold decoded bytes that select knows nothing of.
+            timeout_s = 0.0 if unread and not full else LOOP_TIMEOUT_S
+            readable, writable, _ = select.select(readers, writers, [], timeout_s)
+            self._stop.drain()
+            self._send_acks()
+            if not full and (sock in readable or unread):
+                unread = self._read()
+            if writable:
+                client.loop_write()
+            client.loop_misc()
+
+    def _read(self) -> bool:
+        """Read while something comes and there is room; return whether more may be waiting."""
+        for _ in range(READS_PER_TURN):
+            before = self._client.reads
+            if self._client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return False
+            if self._client.reads == before:
+                return False
+            if self._inbox.full:
+                return True
+        return True
+
+    def _send_acks(self) -> None:
+        while self._acks:
+            generation, acks = self._acks.popleft()
+            # From an older connection: those messages come again, and are known then.
+            if generation == self._connection.generation and self._client.socket() is not None:
+                self._client.send_acks(acks)
+
+    def _on_messages(self, messages: list[Message]) -> None:
+        size = sum(len(m.topic) + len(m.payload) for m in messages)
+        received_us = time.time_ns() // 1000
+        self._inbox.put(Delivered(self._connection.generation, received_us, messages, size))
+
+    def _on_connect(
+        self,
+        _client: object,
+        _data: object,
+        flags: ConnectFlags,
+        reason: ReasonCode,
+        _properties: object,
+    ) -> None:
+        if reason.is_failure:
+            name = reason.getName()
+            remedy = next(
+                (r for n, r in _REFUSALS.items() if n in name), "look at the broker's log"
+            )
+            self._connection.problem = f"the broker refuses the connection: {name}; {remedy}"
+            return
+        self._connection.accepted = True
+        wanted = self._settings.mqtt_topic
+        log.info(
+            "connected",
+            extra=fields(
+                broker=f"{self._settings.mqtt_broker}:{self._settings.mqtt_port}",
+                client_id=self._settings.mqtt_client_id,
+                session_resumed=bool(flags.session_present),
+            ),
+        )
+        if flags.session_present and set(self._known_filters) == set(wanted):
+            # Subscribing again would bring every retained message again.
+            self._failures = 0
+            return
+        stale = [f for f in self._known_filters if f not in wanted]
+        if flags.session_present and stale:
+            self._client.unsubscribe(stale)
+        _, mid = self._client.subscribe([(f, SUBSCRIBE_QOS) for f in wanted])
+        if mid is not None:
+            self._connection.subscribing[mid] = wanted
+
+    def _on_subscribe(
+        self,
+        client: Client,
+        _data: object,
+        mid: int,
+        reasons: list[ReasonCode],
+        _properties: object,
+    ) -> None:
+        filters = self._connection.subscribing.pop(mid, ())
+        refused = [f for f, r in zip(filters, reasons, strict=False) if r.value >= SUBSCRIBE_FAILED]
+        if refused:
+            self._connection.problem = (
+                f"the broker refuses the subscription to {', '.join(refused)}; check its access "
+                "list for this user"
+            )
+            client.disconnect()
+            return
+        weak = [f for f, r in zip(filters, reasons, strict=False) if r.value < SUBSCRIBE_QOS]
+        if weak:
+            log.warning(
+                "the broker grants QoS 0 only; what it sends gets no promise",
+                extra=fields(filters=weak),
+            )
+        self._failures = 0
+        self._known_filters = filters
+        self._on_subscribed(filters)
+        log.info("subscribed", extra=fields(filters=filters))
+
+    def _after_loss(self) -> None:
+        if self._stop.requested:
+            return
+        lived_s = time.monotonic() - self._connection.began
+        self._flaps = self._flaps + 1 if lived_s < SESSION_FLAP_S else 0
+        if self._connection.accepted and not self._connection.problem:
+            reason = self._client.malformed or "the connection to the broker was lost"
+            hint = (
+                f"; is another client connected with the id {self._settings.mqtt_client_id}?"
+                if self._flaps >= SESSION_FLAPS_SUSPICIOUS
+                else ""
+            )
+            self._connection.problem = f"{reason}{hint}"
+        elif not self._connection.problem:
+            self._connection.problem = "the broker closed the connection without an answer"
+
+    def _wait_to_reconnect(self) -> None:
+        if self._stop.requested:
+            return
+        self._failures += 1
+        ceiling = min(RECONNECT_MAX_S, RECONNECT_FIRST_S * 2.0 ** min(self._failures - 1, 10))
+        wait_s = ceiling * (0.5 + 0.5 * self._jitter())
+        log.warning("%s", self._connection.problem, extra=fields(retry_in_s=round(wait_s, 2)))
+        deadline = time.monotonic() + wait_s
+        while not self._stop.requested and (left_s := deadline - time.monotonic()) > 0:
+            self._watchdog.beat(LOOP)
+            self._stop.wait(min(left_s, LOOP_TIMEOUT_S))

@@ -1,0 +1,47 @@
+"""Warnings that a flood of bad messages cannot turn into a flood of log lines."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from lifecycle import fields
+
+NOTICE_INTERVAL_S = 60.0
+NOTICE_KEYS_MAX = 200
+"""How many different notices are told apart at a time."""
+
+
+class Notices:
+    """Logs the first of each kind at once, then how many more there were, once a minute."""
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = logger
+        self._clock = clock
+        self._last: dict[str, float] = {}
+        self._more: dict[str, int] = {}
+
+    def warn(self, key: str, message: str, **values: object) -> None:
+        """Log ``message``, unless a notice with this key was logged within the interval."""
+        now = self._clock()
+        if key not in self._last and len(self._last) >= NOTICE_KEYS_MAX:
+            key = "other"
+        last = self._last.get(key)
+        if last is not None and now - last < NOTICE_INTERVAL_S:
+            self._more[key] = self._more.get(key, 0) + 1
+            return
+        self._last[key] = now
+        more = self._more.pop(key, 0)
+        if more:
+            values["more_since_last_line"] = more
+        self._log.warning(message, extra=fields(**values))
+
+    def flush(self) -> None:
+        """Tell of what was held back for longer than the interval."""
+        now = self._clock()
+        for key, count in list(self._more.items()):
+            if now - self._last[key] >= NOTICE_INTERVAL_S:
+                self._last[key] = now
+                del self._more[key]
+                self._log.warning(
+                    "the same again: %s", key, extra=fields(more_since_last_line=count)
+                )

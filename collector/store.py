@@ -1,0 +1,279 @@
+"""The writer thread: inbox → validation → one transaction → acknowledgements.
+
+Group commit without added delay: whatever waits when the last commit ended is the next batch.
+Between batches it keeps house: the sinks' progress, pruning, the limits, the ballast.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from collector.dedup import DedupWindow
+from collector.housekeeping import Housekeeping
+from collector.inbox import Delivered, Inbox
+from collector.notices import Notices
+from collector.paho_client import Ack
+from collector.validation import Validator
+from lifecycle import StopRequest, Watchdog, fields
+from spool import (
+    ROW_OVERHEAD_BYTES,
+    DiskFullError,
+    Level,
+    NewReading,
+    Rejection,
+    SpoolError,
+    SpoolWriter,
+    event_id,
+)
+
+log = logging.getLogger("collector")
+
+GROUP_MAX_MESSAGES = 5_000
+IDLE_WAIT_S = 0.25
+ROOM_CHECK_S = 0.5
+"""While the spool is full: how often to look whether there is room again."""
+
+FULL_REMINDER_S = 60.0
+LOOP = "writer"
+
+SALVAGE_KEY = "salvage"
+"""In meta: how far a damaged spool has been copied; empty once that is done."""
+
+
+@dataclass
+class _Group:
+    """What one transaction will hold, and what is acknowledged after it."""
+
+    readings: list[NewReading] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    acks: list[tuple[int, list[Ack]]] = field(default_factory=list)
+    size: int = 0
+
+
+class Store:
+    """Makes durable what the inbox holds, then has it acknowledged.
+
+    Args:
+        open_writer: Opens the spool; again after a fault.
+        inbox: Where messages come from.
+        validator: Tells readings from garbage.
+        housekeeping: Pruning, limits, progress.
+        dedup_window: DEDUP_WINDOW.
+        acknowledge: Takes a connection's generation and what of it is durable.
+        drop_oldest: SPOOL_FULL_POLICY=drop-oldest.
+        stop: Asked for when this thread fails.
+        watchdog: Told at each turn.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a seam that tests pass in
+        self,
+        *,
+        open_writer: Callable[[], SpoolWriter],
+        writer: SpoolWriter,
+        inbox: Inbox,
+        validator: Validator,
+        housekeeping: Housekeeping,
+        dedup_window: int,
+        acknowledge: Callable[[int, list[Ack]], None],
+        drop_oldest: bool,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self._open_writer = open_writer
+        self._writer = writer
+        self._inbox = inbox
+        self._validator = validator
+        self._house = housekeeping
+        self._window_size = dedup_window
+        self._acknowledge = acknowledge
+        self._drop_oldest = drop_oldest
+        self._stop = stop
+        self._watchdog = watchdog
+        self._notices = Notices(log)
+        self._meta: dict[str, str] = {}
+        self._window = DedupWindow(dedup_window, writer.tail_event_ids(dedup_window))
+        self._thread = threading.Thread(target=self._run, name="writer")
+        self.failure: BaseException | None = None
+        """Why the thread ended, if not because it was done."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the thread has ended."""
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the end of the thread; raise what ended it."""
+        self._thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def remember(self, key: str, value: str) -> None:
+        """Have ``value`` written to the spool's ``meta`` with the next turn. Any thread."""
+        self._meta[key] = value
+
+    def _run(self) -> None:
+        # A dead thread in a live process would take messages and never acknowledge one.
+        try:
+            while not self._inbox.finished:
+                self._turn()
+            self._farewell()
+        except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
+            self.failure = error
+            self._stop.request("the writer thread failed")
+
+    def _farewell(self) -> None:
+        try:
+            self._house.snapshot(self._writer)
+            self._writer.checkpoint()
+        except SpoolError as error:
+            # Everything acknowledged is durable without it; the next start does it.
+            log.warning("could not tidy up before the end: %s", error)
+
+    def _turn(self) -> None:
+        self._watchdog.beat(LOOP)
+        taken = self._inbox.take(GROUP_MAX_MESSAGES, 0.0 if self._house.more else IDLE_WAIT_S)
+        if taken:
+            group = self._group(taken)
+            if not self._commit(group):
+                return  # asked to stop while there was no room: the broker keeps the messages
+            for generation, acks in group.acks:
+                self._acknowledge(generation, acks)
+        while self._meta:
+            self._writer.set_meta(*self._meta.popitem())
+        self._salvage()
+        try:
+            self._house.turn(self._writer)
+        except DiskFullError as error:
+            self._reopen_after(error)
+        self._notices.flush()
+
+    def _group(self, taken: Sequence[Delivered]) -> _Group:
+        """Sort the messages into readings, duplicates and rejections."""
+        group = _Group()
+        counts = group.counts
+        check, add = self._validator.check, self._window.add
+        for generation, received_us, messages, size in taken:
+            acks: list[Ack] = []
+            for message in messages:
+                identity = event_id(message.topic, message.payload)
+                reading, rejection = check(message, identity, received_us)
+                if rejection is not None:
+                    group.rejections.append(rejection)
+                    self._tell_rejection(rejection)
+                elif reading is not None and add(identity):
+                    group.readings.append(reading)
+                    if self._validator.site_differs(message.topic, reading[3]):
+                        self._tell_mismatch(counts, reading)
+                else:
+                    counts["duplicates"] += 1
+                if message.qos:
+                    acks.append((message.qos, message.mid))
+                else:
+                    self._tell_qos0(counts)
+                if message.retained:
+                    counts["retained"] += 1
+            counts["received"] += len(messages)
+            group.size += size + ROW_OVERHEAD_BYTES * len(messages)
+            if acks:
+                group.acks.append((generation, acks))
+        counts["spooled"] += len(group.readings)
+        counts["rejected"] += len(group.rejections)
+        return group
+
+    def _tell_rejection(self, rejection: Rejection) -> None:
+        _, reason, detail, topic, _, size, _, _ = rejection
+        self._notices.warn(
+            f"rejected {reason}",
+            f"message rejected: {detail}",
+            reason=reason,
+            topic=topic[:200],
+            payload_bytes=size,
+            look="select * from rejected",
+        )
+
+    def _tell_mismatch(self, counts: Counter[str], reading: NewReading) -> None:
+        counts["site_mismatch"] += 1
+        self._notices.warn(
+            "site mismatch",
+            "the payload's site_code differs from the topic's; the payload's is used",
+            topic=reading[7][:200],
+            site_code=reading[3],
+        )
+
+    def _tell_qos0(self, counts: Counter[str]) -> None:
+        counts["qos0"] += 1
+        self._notices.warn(
+            "qos 0",
+            "messages come with QoS 0: they are spooled, but whoever publishes them is promised "
+            "nothing; publish with QoS 1",
+        )
+
+    def _commit(self, group: _Group) -> bool:
+        """Make the group durable, waiting for room as the policy says; False if stopped."""
+        told_at: float | None = None
+        while True:
+            self._watchdog.beat(LOOP)
+            try:
+                if self._house.level(self._writer, group.size) < Level.FULL:
+                    progress = self._house.progress_if_due()
+                    self._writer.append(group.readings, group.rejections, group.counts, progress)
+                    if told_at is not None:
+                        log.info("there is room again: taking messages")
+                    return True
+                if self._house.make_room(self._writer, drop_oldest=self._drop_oldest):
+                    continue
+            except DiskFullError as error:
+                self._reopen_after(error)
+                self._forget_durable(group)
+            if told_at is None or time.monotonic() - told_at >= FULL_REMINDER_S:
+                told_at = time.monotonic()
+                self._tell_full()
+            if self._stop.requested:
+                return False
+            time.sleep(ROOM_CHECK_S)
+
+    def _tell_full(self) -> None:
+        log.critical(
+            "the spool is full: no message is acknowledged until there is room; the broker keeps "
+            "what it can. It goes on by itself once the cloud takes readings again. Look: "
+            "sqlite3 -readonly %s 'select * from backlog'; df -h %s",
+            self._writer.path,
+            self._writer.path.parent,
+            extra=fields(used_bytes=self._writer.used_bytes()),
+        )
+
+    def _reopen_after(self, error: DiskFullError) -> None:
+        """After SQLITE_FULL the last commit is unknown: open again, give up the ballast."""
+        self._notices.warn("disk full", f"the disk is full: {error}")
+        self._house.release_ballast()
+        self._writer.close()
+        self._writer = self._open_writer()
+
+    def _forget_durable(self, group: _Group) -> None:
+        """Take out of ``group`` what the failed commit did store after all."""
+        window = DedupWindow(self._window_size, self._writer.tail_event_ids(self._window_size))
+        before = len(group.readings)
+        group.readings = [row for row in group.readings if window.add(row[0])]
+        group.counts["spooled"] -= before - len(group.readings)
+        group.counts["duplicates"] += before - len(group.readings)
+        self._window = window
+
+    def _salvage(self) -> None:
+        """Copy the next rows of a damaged spool, if one is being salvaged."""
+        salvage = self._house.salvage
+        if salvage is None:
+            return
+        new = [row for row in salvage.step() if self._window.add(row[0])]
+        # Rows and position in one transaction: a crash in between repeats or skips nothing.
+        position = {SALVAGE_KEY: salvage.position()}
+        self._writer.append(new, (), Counter(salvaged=len(new)), meta=position)
+        if salvage.done:
+            self._house.end_salvage()

@@ -1,0 +1,269 @@
+"""From a message to a reading or to a rejection with its reason. Strict, and never raises."""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from collector.packets import Message
+from spool import REJECTED_PAYLOAD_BYTES, NewReading, Rejection, row_crc
+
+TOPIC_LEVELS = 5
+TOPIC_CACHE_ENTRIES = 10_000
+"""A few thousand tags are usual; a flood of invented topics must not fill the memory."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MIN_US = -62_135_596_800_000_000
+_MAX_US = 253_402_300_799_999_999
+"""0001-01-01 to 9999-12-31T23:59:59.999999Z: BigQuery's TIMESTAMP and Python's datetime."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Reason:
+    """The codes of rejected messages; docs/rejected.md explains each to the operator."""
+
+    TOPIC_NOT_UTF8 = "topic_not_utf8"
+    TOPIC_SHAPE = "topic_shape"
+    EMPTY_PAYLOAD = "empty_payload"
+    TOO_LARGE = "payload_too_large"
+    NOT_UTF8 = "payload_not_utf8"
+    NOT_JSON = "not_json"
+    TOO_DEEP = "too_deep"
+    NOT_OBJECT = "not_an_object"
+    MISSING_FIELD = "missing_field"
+    BAD_FIELD = "bad_field"
+    BAD_VALUE = "bad_value"
+    BAD_TIMESTAMP = "bad_timestamp"
+    CONTROL_CHARACTER = "control_character"
+    SITE_MISMATCH = "site_mismatch"
+
+
+class _Refused(Exception):  # noqa: N818 - not an error of the program: the outcome of a check
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class _Payload(msgspec.Struct):
+    """The fields that we need; others are allowed, and stay in the stored payload."""
+
+    site_code: str
+    sensor_id: str
+    timestamp: str
+    value: float
+
+
+class _NumericPayload(msgspec.Struct):
+    site_code: str
+    sensor_id: str
+    timestamp: str | int | float
+    value: float
+
+
+class _Topic(NamedTuple):
+    text: str
+    site: str
+    tag: str
+
+
+class Validator:
+    """Checks messages against the contract of topic and payload.
+
+    Args:
+        timestamp_formats: TIMESTAMP_FORMATS.
+        reject_site_mismatch: SITE_MISMATCH=reject.
+        max_payload_bytes: MAX_PAYLOAD_BYTES.
+    """
+
+    def __init__(
+        self,
+        timestamp_formats: Sequence[str] = ("rfc3339",),
+        *,
+        reject_site_mismatch: bool = False,
+        max_payload_bytes: int = 256 * 1024,
+    ) -> None:
+        self._naive = "naive" in timestamp_formats
+        self._text = self._naive or "rfc3339" in timestamp_formats
+        self._offset = "rfc3339" in timestamp_formats
+        self._per_second = {"epoch": 1_000_000, "epoch_ms": 1_000}
+        self._unit = next(
+            (self._per_second[f] for f in timestamp_formats if f in self._per_second), 0
+        )
+        shape: type[_Payload | _NumericPayload] = _NumericPayload if self._unit else _Payload
+        self._decode: Callable[[bytes], _Payload | _NumericPayload] = msgspec.json.Decoder(
+            shape
+        ).decode
+        self._reject_mismatch = reject_site_mismatch
+        self._max_bytes = max_payload_bytes
+        self._topics: dict[bytes, _Topic] = {}
+
+    def check(
+        self, message: Message, identity: bytes, received_us: int
+    ) -> tuple[NewReading | None, Rejection | None]:
+        """Return the reading to spool, or else the rejection to record; the other is None.
+
+        Args:
+            message: As received.
+            identity: Its event id.
+            received_us: When, in microseconds since 1970 UTC.
+        """
+        try:
+            return self._reading(message, identity, received_us), None
+        except _Refused as refusal:
+            return None, _rejection(message, received_us, refusal.reason, refusal.detail)
+
+    def site_differs(self, topic: bytes, site_code: str) -> bool:
+        """Return whether the payload's site is not the topic's."""
+        return self._topic(topic).site != site_code
+
+    def _reading(self, message: Message, identity: bytes, received_us: int) -> NewReading:
+        topic = self._topic(message.topic)
+        payload = message.payload
+        if message.size > self._max_bytes:
+            raise _Refused(
+                Reason.TOO_LARGE,
+                f"the payload has {message.size} bytes, more than MAX_PAYLOAD_BYTES="
+                f"{self._max_bytes}",
+            )
+        fields = self._decoded(payload)
+        site, sensor, value = fields.site_code, fields.sensor_id, fields.value
+        for name, text in (("site_code", site), ("sensor_id", sensor)):
+            if not text:
+                raise _Refused(Reason.BAD_FIELD, f"{name} is empty")
+            if not text.isprintable() and _CONTROL.search(text):
+                raise _Refused(Reason.CONTROL_CHARACTER, f"{name} has a control character")
+        if self._reject_mismatch and site != topic.site:
+            raise _Refused(
+                Reason.SITE_MISMATCH,
+                f"site_code {site!r} in the payload, {topic.site!r} in the topic "
+                "(SITE_MISMATCH=reject)",
+            )
+        timestamp_us = self._timestamp_us(fields.timestamp)
+        names = site + sensor + topic.tag + topic.text
+        crc = row_crc(identity, (received_us, timestamp_us, value), names, payload)
+        return (
+            identity,
+            received_us,
+            timestamp_us,
+            site,
+            sensor,
+            topic.tag,
+            value,
+            topic.text,
+            payload,
+            crc,
+        )
+
+    def _topic(self, raw: bytes) -> _Topic:
+        known = self._topics.get(raw)
+        if known is None:
+            known = _parse_topic(raw)
+            if len(self._topics) >= TOPIC_CACHE_ENTRIES:
+                self._topics.clear()
+            self._topics[raw] = known
+        return known
+
+    def _decoded(self, payload: bytes) -> _Payload | _NumericPayload:
+        if not payload:
+            raise _Refused(Reason.EMPTY_PAYLOAD, "the payload is empty")
+        try:
+            # The decoder skips unknown fields without looking at their bytes.
+            payload.decode()
+            return self._decode(payload)
+        except UnicodeDecodeError as error:
+            raise _Refused(
+                Reason.NOT_UTF8, f"byte {error.start} of the payload is not UTF-8"
+            ) from None
+        except RecursionError:
+            raise _Refused(Reason.TOO_DEEP, "the JSON is nested too deeply") from None
+        except msgspec.ValidationError as error:
+            raise _Refused(_reason_of(str(error)), str(error)) from None
+        except msgspec.DecodeError as error:
+            raise _Refused(Reason.NOT_JSON, f"not JSON: {error}") from None
+
+    def _timestamp_us(self, raw: str | float) -> int:
+        if isinstance(raw, str):
+            return self._parsed(raw)
+        scaled = raw * self._unit
+        if not _MIN_US <= scaled <= _MAX_US:
+            raise _Refused(Reason.BAD_TIMESTAMP, "timestamp is outside the years 1 to 9999")
+        return round(scaled)
+
+    def _parsed(self, raw: str) -> int:
+        if not self._text:
+            raise _Refused(
+                Reason.BAD_TIMESTAMP, "timestamp is a text; TIMESTAMP_FORMATS expects a number"
+            )
+        try:
+            moment = msgspec.convert(raw, datetime)
+        except msgspec.ValidationError:
+            raise _Refused(
+                Reason.BAD_TIMESTAMP, f"timestamp {raw[:80]!r} is not RFC 3339"
+            ) from None
+        if moment.tzinfo is None:
+            if not self._naive:
+                raise _Refused(
+                    Reason.BAD_TIMESTAMP,
+                    f"timestamp {raw!r} has no offset (TIMESTAMP_FORMATS=rfc3339,naive would take "
+                    "it as UTC)",
+                )
+            moment = moment.replace(tzinfo=UTC)
+        elif not self._offset or (raw[-1] not in "Zz" and raw[-3] != ":"):
+            # The decoder also takes "+0200", which RFC 3339 does not.
+            raise _Refused(
+                Reason.BAD_TIMESTAMP,
+                f"timestamp {raw!r} does not have the form that TIMESTAMP_FORMATS asks for",
+            )
+        since = moment - _EPOCH
+        value = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+        if not _MIN_US <= value <= _MAX_US:
+            raise _Refused(
+                Reason.BAD_TIMESTAMP, f"timestamp {raw!r} is outside the years 1 to 9999 in UTC"
+            )
+        return value
+
+
+def _parse_topic(raw: bytes) -> _Topic:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise _Refused(Reason.TOPIC_NOT_UTF8, "the topic is not UTF-8") from None
+    levels = text.split("/")
+    if (
+        len(levels) != TOPIC_LEVELS
+        or (levels[0], levels[1], levels[3]) != ("FCTS", "FAE", "SolvExtract")
+        or not levels[2]
+        or not levels[4]
+    ):
+        raise _Refused(Reason.TOPIC_SHAPE, "the topic is not FCTS/FAE/<site>/SolvExtract/<pi_tag>")
+    if _CONTROL.search(text):
+        raise _Refused(Reason.CONTROL_CHARACTER, "the topic has a control character")
+    return _Topic(text, levels[2], levels[4])
+
+
+def _reason_of(sentence: str) -> str:
+    """Return the code for one of msgspec's sentences (tests hold them to it)."""
+    if "missing required field" in sentence:
+        return Reason.MISSING_FIELD
+    if "`$.value`" in sentence:
+        return Reason.BAD_VALUE
+    if "`$.timestamp`" in sentence:
+        return Reason.BAD_TIMESTAMP
+    return Reason.BAD_FIELD if "`$." in sentence else Reason.NOT_OBJECT
+
+
+def _rejection(message: Message, received_us: int, reason: str, detail: str) -> Rejection:
+    return (
+        received_us,
+        reason,
+        detail,
+        message.topic.decode("utf-8", "backslashreplace"),
+        message.payload[:REJECTED_PAYLOAD_BYTES],
+        message.size,
+        message.qos,
+        int(message.retained),
+    )

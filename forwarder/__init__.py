@@ -1,0 +1,1 @@
+"""The forwarders: one process per sink, each draining the spool with acknowledgements."""

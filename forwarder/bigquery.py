@@ -1,0 +1,334 @@
+"""The BigQuery sink with ``BIGQUERY_WRITE_METHOD=insert_all``: at least once.
+
+``insert_rows_json`` answers HTTP 200 even where rows were refused: each row's error is judged.
+The insert id is the event id, which the service uses to drop repetitions for about a minute.
+
+Limits (https://cloud.google.com/bigquery/quotas#streaming_inserts): 10 MB and 50,000 rows a
+request, 500 rows recommended.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import google.auth.exceptions
+import requests.exceptions
+from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import bigquery
+
+from forwarder.faults import (
+    CREDENTIALS_REMEDY,
+    TRANSIENT_REASONS,
+    Blame,
+    blame_http,
+)
+from forwarder.sink import Delivery, Fault, FaultKind
+from forwarder.table import (
+    CLUSTER_COLUMNS,
+    COLUMNS,
+    PARTITION_COLUMN,
+    Column,
+    ExistingColumn,
+    ddl,
+    match,
+)
+from lifecycle import Settings
+from spool import DeadLetter, Reading
+
+log = logging.getLogger("forwarder.bigquery")
+
+REQUEST_MAX_ROWS = 500
+REQUEST_MAX_BYTES = 5_000_000
+"""Of payload; with the other columns and JSON's escapes a request stays below 10 MB."""
+
+PARALLEL_REQUESTS = 4
+BATCH_MAX_ROWS = REQUEST_MAX_ROWS * PARALLEL_REQUESTS
+BATCH_MAX_BYTES = 4 * 1024 * 1024
+DEADLINE_S = 20.0
+NEW_TABLE_SETTLES_S = 600.0
+"""A table that was just created may answer notFound for some minutes."""
+
+
+NO_RETRY: Any = None
+"""Retrying is the drain loop's; the client's own would hide an outage from the operator."""
+
+
+class _FaultError(Exception):
+    """Carries a fault from where it is found to where the delivery is reported."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class InsertAllSink:
+    """Inserts readings as rows of one table.
+
+    Args:
+        settings: Project, dataset, table, emulator, instance id, whether to create the table.
+    """
+
+    name = "bigquery"
+    max_rows = BATCH_MAX_ROWS
+    max_bytes = BATCH_MAX_BYTES
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._table = (
+            f"{settings.gcp_project_id}.{settings.bigquery_dataset}.{settings.bigquery_table}"
+        )
+        self._client: bigquery.Client | None = None
+        self._columns: Sequence[Column] = ()
+        self._created_at = float("-inf")
+        self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
+
+    def close(self) -> None:
+        """Close the client."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def deliver(self, rows: Sequence[Reading]) -> Delivery:
+        """Insert ``rows``; see :class:`forwarder.sink.Sink`."""
+        try:
+            client = self._connected()
+            if not self._columns:
+                self._columns = self._read_columns(client)
+        except _FaultError as error:
+            return Delivery(retry=list(rows), fault=error.fault)
+        parts = self._pool.map(lambda chunk: self._insert(client, chunk), _chunks(rows))
+        delivery = Delivery()
+        for part in parts:
+            delivery.retry += part.retry
+            delivery.dead += part.dead
+            if delivery.fault is None or (part.fault and part.fault.kind is FaultKind.HOLD):
+                delivery.fault = part.fault
+        return delivery
+
+    def _connected(self) -> bigquery.Client:
+        if self._client is None:
+            emulator = self._settings.bigquery_emulator_host
+            try:
+                self._client = bigquery.Client(
+                    project=self._settings.gcp_project_id,
+                    credentials=AnonymousCredentials() if emulator else None,
+                    client_options={"api_endpoint": emulator} if emulator else None,
+                )
+            except google.auth.exceptions.DefaultCredentialsError as error:
+                raise _FaultError(
+                    Fault(FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+                ) from error
+            except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
+                raise _FaultError(
+                    Fault(FaultKind.TRANSIENT, f"cannot build the client: {error}")
+                ) from error
+        return self._client
+
+    def _read_columns(self, client: bigquery.Client) -> Sequence[Column]:
+        """Return the columns that the table and we both know; create the table if told to."""
+        try:
+            table = client.get_table(self._table, retry=NO_RETRY, timeout=DEADLINE_S)
+        except Exception as error:
+            blame, fault = self._judge(error)
+            missing = getattr(error, "code", None) == 404  # noqa: PLR2004 - HTTP's number
+            if blame is Blame.OPERATOR and missing and self._settings.bigquery_create_table:
+                return self._create(client)
+            raise _FaultError(fault) from error
+        existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
+        columns = match(self._table, existing)
+        if isinstance(columns, Fault):
+            raise _FaultError(columns)
+        left_out = sorted({c.name for c in COLUMNS} - {c.name for c in columns})
+        if left_out:
+            log.warning("the table lacks columns, which stay unwritten: %s", ", ".join(left_out))
+        return columns
+
+    def _create(self, client: bigquery.Client) -> Sequence[Column]:
+        table = bigquery.Table(
+            self._table,
+            schema=[
+                bigquery.SchemaField(c.name, c.sql_type, "REQUIRED" if c.required else "NULLABLE")
+                for c in COLUMNS
+            ],
+        )
+        table.time_partitioning = bigquery.TimePartitioning(
+            type_=bigquery.TimePartitioningType.DAY, field=PARTITION_COLUMN
+        )
+        table.clustering_fields = list(CLUSTER_COLUMNS)
+        try:
+            client.create_table(table, retry=NO_RETRY, timeout=DEADLINE_S)
+        except Conflict:
+            return self._read_columns(client)  # somebody else made it just now
+        except Exception as error:
+            raise _FaultError(self._judge(error)[1]) from error
+        log.info("created the table", extra={"fields": {"table": self._table}})
+        self._created_at = time.monotonic()
+        return COLUMNS
+
+    def _insert(self, client: bigquery.Client, rows: list[Reading]) -> Delivery:
+        """Insert one request's rows, again without those that are refused, to the end."""
+        dead: list[DeadLetter] = []
+        while rows:
+            columns = self._columns
+            source = self._settings.instance_id
+            try:
+                errors = client.insert_rows_json(
+                    self._table,
+                    [{c.name: c.value(row, source) for c in columns} for row in rows],
+                    row_ids=[row[1].hex() for row in rows],
+                    retry=NO_RETRY,
+                    timeout=DEADLINE_S,
+                )
+            except Exception as error:  # noqa: BLE001 - judged; what is not the service's is raised again
+                return self._refused(client, rows, dead, error)
+            if not errors:
+                return Delivery(dead=dead)
+            outcome = self._judge_rows(client, rows, errors)
+            dead += outcome.dead
+            if outcome.fault is not None:
+                return Delivery(retry=outcome.retry, dead=dead, fault=outcome.fault)
+            rows = outcome.retry
+        return Delivery(dead=dead)
+
+    def _judge_rows(
+        self, client: bigquery.Client, rows: list[Reading], errors: Sequence[dict[str, object]]
+    ) -> Delivery:
+        """Judge the errors of an HTTP 200: guilty, stopped by others' guilt, or transient.
+
+        A row without an error was inserted. ``retry`` with no fault means: again, at once.
+        """
+        refused: dict[int, tuple[str, str]] = {}
+        for entry in errors:
+            index = entry.get("index")
+            causes = entry.get("errors")
+            if isinstance(index, int) and isinstance(causes, list) and causes:
+                # The first cause that is not "stopped" is the row's own.
+                cause = next((c for c in causes if c.get("reason") != "stopped"), causes[0])
+                where = f" (column {cause['location']})" if cause.get("location") else ""
+                refused[index] = (str(cause.get("reason")), f"{cause.get('message')}{where}")
+        outcome = Delivery()
+        for index, row in enumerate(rows):
+            reason, detail = refused.get(index, ("", ""))
+            if not reason:
+                continue
+            if reason == "stopped":
+                outcome.retry.append(row)
+            elif reason in TRANSIENT_REASONS:
+                outcome.retry.append(row)
+                outcome.fault = Fault(
+                    FaultKind.TRANSIENT, f"insert into {self._table}: {reason}: {detail}"
+                )
+            else:
+                outcome.dead.append(DeadLetter(row, reason, detail))
+        if outcome.dead and self._schema_changed(client):
+            # Not the rows: the table is another one now. All of them again.
+            refused_rows = [row for index, row in enumerate(rows) if index in refused]
+            return Delivery(
+                retry=refused_rows,
+                fault=Fault(FaultKind.TRANSIENT, f"the schema of {self._table} has changed"),
+            )
+        if not outcome.dead and outcome.retry and outcome.fault is None:
+            outcome.fault = Fault(
+                FaultKind.TRANSIENT, f"insert into {self._table}: all rows stopped, no cause given"
+            )
+        return outcome
+
+    def _schema_changed(self, client: bigquery.Client) -> bool:
+        """Return whether the table no longer has the columns that we write."""
+        try:
+            now = self._read_columns(client)
+        except _FaultError:
+            self._columns = ()  # the next delivery reads it again and reports what is wrong
+            return True
+        changed = [c.name for c in now] != [c.name for c in self._columns]
+        self._columns = now
+        return changed
+
+    def _refused(
+        self,
+        client: bigquery.Client,
+        rows: list[Reading],
+        dead: list[DeadLetter],
+        error: Exception,
+    ) -> Delivery:
+        """Handle a request that failed as a whole."""
+        blame, fault = self._judge(error)
+        if blame is not Blame.ROWS:
+            if blame is Blame.OPERATOR:
+                self._columns = ()  # mended or not, look at the table again first
+            return Delivery(retry=rows, dead=dead, fault=fault)
+        if len(rows) == 1:
+            dead.append(DeadLetter(rows[0], "invalid", fault.problem))
+            return Delivery(dead=dead)
+        half = len(rows) // 2
+        left = self._insert(client, rows[:half])
+        right = self._insert(client, rows[half:])
+        return Delivery(
+            retry=left.retry + right.retry,
+            dead=dead + left.dead + right.dead,
+            fault=left.fault or right.fault,
+        )
+
+    def _judge(self, error: Exception) -> tuple[Blame, Fault]:
+        """Return who has to act, and the fault to report. Raises what is not the service's."""
+        if isinstance(error, GoogleAPICallError):
+            return self._judge_http(error)
+        if isinstance(error, google.auth.exceptions.RefreshError):
+            fault = Fault(FaultKind.HOLD, f"no access token: {error}", CREDENTIALS_REMEDY)
+            return Blame.OPERATOR, fault
+        if isinstance(
+            error,
+            google.auth.exceptions.GoogleAuthError
+            | requests.exceptions.RequestException
+            | RetryError
+            | OSError
+            # The service, or a proxy before it, answered something that is no JSON.
+            | ValueError,
+        ):
+            problem = f"request to BigQuery for {self._table}: {type(error).__name__}: {error}"
+            return Blame.NOBODY, Fault(FaultKind.TRANSIENT, problem)
+        raise error
+
+    def _judge_http(self, error: GoogleAPICallError) -> tuple[Blame, Fault]:
+        reason = next((str(e.get("reason", "")) for e in error.errors if isinstance(e, dict)), "")
+        status = int(error.code or 0)
+        blame = blame_http(status, reason)
+        problem = f"request to BigQuery for {self._table}: HTTP {status} {reason}: {error.message}"
+        settling = time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
+        if status == 404 and settling:  # noqa: PLR2004 - HTTP's number
+            return Blame.NOBODY, Fault(FaultKind.TRANSIENT, f"{problem} (the table is new)")
+        if blame is not Blame.OPERATOR:
+            return blame, Fault(FaultKind.TRANSIENT, problem)
+        return blame, Fault(FaultKind.HOLD, problem, self._remedy(status))
+
+    def _remedy(self, status: int) -> str:
+        if status == 404:  # noqa: PLR2004 - HTTP's number
+            statement = ddl(self._table).replace("\n", " ")
+            return (
+                f"create the dataset and the table (or set BIGQUERY_CREATE_TABLE=true): {statement}"
+            )
+        if status == 401:  # noqa: PLR2004 - HTTP's number
+            return CREDENTIALS_REMEDY
+        project, dataset, table = self._table.split(".", 2)
+        return (
+            "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
+            f"--role=roles/bigquery.dataEditor {project}:{dataset}.{table}"
+        )
+
+
+def _chunks(rows: Sequence[Reading]) -> Iterator[list[Reading]]:
+    """Cut into requests of at most REQUEST_MAX_ROWS and REQUEST_MAX_BYTES of payload."""
+    chunk: list[Reading] = []
+    size = 0
+    for row in rows:
+        if chunk and (len(chunk) == REQUEST_MAX_ROWS or size + len(row[9]) > REQUEST_MAX_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(row)
+        size += len(row[9])
+    if chunk:
+        yield chunk

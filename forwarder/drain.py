@@ -1,0 +1,316 @@
+"""The drain loop: from the cursor onwards, deliver, acknowledge, for ever.
+
+Read a batch, hand it to the sink, and move the cursor over the contiguous prefix of rows that
+are delivered, dead, or found missing. What the sink wants tried again is tried again, the same
+rows in the same order, before anything later is read.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from forwarder.backoff import HOLD_RETRY_S, backoff_s
+from forwarder.sink import Delivery, Fault, FaultKind, Sink
+from lifecycle import StopRequest, Watchdog, fields
+from spool import (
+    DeadLetter,
+    FileMissingError,
+    Gap,
+    Reading,
+    Settlement,
+    SinkState,
+    SpoolReader,
+    intact,
+    refuse_backlog,
+)
+
+log = logging.getLogger("forwarder")
+
+POLL_BUSY_S = 0.005
+POLL_IDLE_S = 0.018
+"""New rows are noticed within 20 ms; sooner while there is traffic."""
+
+BUSY_FOR_S = 1.0
+"""How long after the last row the traffic counts as going on."""
+
+SPOOL_CHECK_S = 1.0
+"""How often to look whether the spool was replaced by a new one, or has appeared."""
+
+LOOP = "drain"
+
+
+@dataclass
+class _Batch:
+    """Rows read together, and what is known of them so far."""
+
+    after_seq: int
+    rows: Sequence[Reading]
+    gaps: list[Gap]
+    dead: list[DeadLetter] = field(default_factory=list)
+    settled_seq: int = 0
+
+    def settle_before(self, seq: int, epoch: str) -> Settlement:
+        """Return what is decided up to, and without, ``seq``; each row is counted once."""
+        done = seq - 1
+        dead = [d for d in self.dead if d.row[0] <= done]
+        gaps = [g for g in self.gaps if g.last_seq <= done]
+        passed = sum(1 for row in self.rows if self.settled_seq < row[0] <= done)
+        self.dead = [d for d in self.dead if d.row[0] > done]
+        self.gaps = [g for g in self.gaps if g.last_seq > done]
+        self.settled_seq = done
+        return Settlement(epoch, done, passed - len(dead), dead, gaps)
+
+
+def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> list[Gap]:
+    """Return the numbers that are missing between ``after_seq`` and the last row."""
+    if rows[-1][0] - after_seq == len(rows):
+        return []
+    gaps = []
+    expected = after_seq + 1
+    for row in rows:
+        if row[0] != expected:
+            reason = (
+                "dropped by SPOOL_FULL_POLICY=drop-oldest"
+                if row[0] - 1 <= dropped_through
+                else "left the spool before this sink saw them (disabled, or its file was lost?)"
+            )
+            gaps.append(Gap(expected, row[0] - 1, reason))
+        expected = row[0] + 1
+    return gaps
+
+
+def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
+    """Return how long to wait so that ``rows`` in ``elapsed_s`` stay below ``max_rate``.
+
+    Args:
+        rows: Delivered just now.
+        max_rate: Rows per second; 0 for no limit.
+        elapsed_s: How long that took.
+    """
+    return max(0.0, rows / max_rate - elapsed_s) if max_rate else 0.0
+
+
+class Drain:
+    """Drains one spool into one sink.
+
+    Args:
+        directory: SPOOL_DIR.
+        sink: Where to.
+        state: The sink's own file.
+        app_env: Readings of another environment are refused.
+        max_rate: MAX_DRAIN_RATE, rows per second; 0 for no limit.
+        stop: When to end.
+        watchdog: Told at each turn.
+        jitter: Returns a number from 0 to 1.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a seam that tests pass in
+        self,
+        *,
+        directory: Path,
+        sink: Sink,
+        state: SinkState,
+        app_env: str,
+        max_rate: int,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        jitter: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory = directory
+        self._sink = sink
+        self._state = state
+        self._app_env = app_env
+        self._max_rate = max_rate
+        self._stop = stop
+        self._watchdog = watchdog
+        self._jitter = jitter
+        self._clock = clock
+        self._reader: SpoolReader | None = None
+        self._position = 0
+        self._status = ("", "")
+        self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
+
+    def run(self) -> None:
+        """Drain until asked to stop; the batch in hand is settled as far as it got.
+
+        Raises:
+            SpoolError: The spool or the sink's file cannot be used.
+        """
+        self._set_status("delivering", "")
+        last_row_at = float("-inf")
+        checked_at = float("-inf")
+        while not self._stop.requested:
+            self._watchdog.beat(LOOP)
+            now = self._clock()
+            if now - checked_at >= SPOOL_CHECK_S:
+                checked_at = now
+                self._check_spool()
+            reader = self._reader
+            if reader is None:
+                self._stop.wait(SPOOL_CHECK_S)
+                continue
+            if reader.changed() and self._drain_available(reader):
+                last_row_at = self._clock()
+            busy = self._clock() - last_row_at < BUSY_FOR_S
+            self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
+        self._set_status("stopped", self._stop.reason)
+        if self._reader is not None:
+            self._reader.close()
+
+    def _check_spool(self) -> None:
+        """Open the spool once it is there, and again when another took its place."""
+        if self._reader is not None:
+            if not self._reader.replaced():
+                return
+            self._reader.close()
+            self._reader = None
+        try:
+            reader = SpoolReader.open(self._directory)
+        except FileMissingError as error:
+            log.info("waiting for the spool: %s", error)
+            return
+        self._reader = reader
+        known = self._state.known_epoch()
+        if known and known != reader.epoch:
+            log.warning(
+                "the spool is a new one; starting at its beginning",
+                extra=fields(epoch=reader.epoch, previous_epoch=known),
+            )
+        self._position = self._state.position(reader.epoch)
+        reader.check_position(self._position)
+        log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
+
+    def _drain_available(self, reader: SpoolReader) -> bool:
+        """Deliver all that is there; return whether there was anything."""
+        any_rows = False
+        while not self._stop.requested:
+            rows = reader.read_after(self._position, self._batch_rows, self._sink.max_bytes)
+            if not rows:
+                # Rows may have been dropped unseen to the very last one.
+                self._position_check(reader)
+                return any_rows
+            # After the read: an environment is claimed before its first row is written.
+            self._check_environment(reader, rows)
+            any_rows = True
+            begun = self._clock()
+            self._deliver(reader, rows)
+            if self._max_rate:
+                self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
+        return any_rows
+
+    def _position_check(self, reader: SpoolReader) -> None:
+        last = reader.last_seq()
+        if self._position > last:
+            reader.check_position(self._position)
+        if self._position < last and not reader.read_after(self._position, 1, 1):
+            gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
+            self._note_gaps([gap])
+            self._state.settle(Settlement(reader.epoch, last, gaps=[gap]))
+            self._position = last
+
+    def _check_environment(self, reader: SpoolReader, rows: Sequence[Reading]) -> None:
+        spooled_under = reader.app_env()
+        if spooled_under != self._app_env:
+            refuse_backlog(
+                spooled_under, self._app_env, {self._sink.name: len(rows)}, str(reader.path)
+            )
+
+    def _deliver(self, reader: SpoolReader, rows: list[Reading]) -> None:
+        """Deliver one batch, for as long as it takes, or until asked to stop."""
+        batch = _Batch(self._position, rows, [], settled_seq=self._position)
+        batch.gaps = find_gaps(self._position, rows, reader.dropped_through())
+        self._note_gaps(batch.gaps)
+        todo: list[Reading] = []
+        for row in rows:
+            if intact(row):
+                todo.append(row)
+            else:
+                batch.dead.append(
+                    DeadLetter(row, "corrupt_row", "the row's checksum is wrong: its bits changed")
+                )
+        self._log_dead(batch.dead)
+        failures = 0
+        while True:
+            delivery = self._sink.deliver(todo) if todo else Delivery()
+            self._watchdog.beat(LOOP)
+            batch.dead += delivery.dead
+            self._log_dead(delivery.dead)
+            progressed = len(delivery.retry) < len(todo)
+            todo = delivery.retry
+            self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
+            if not todo:
+                if failures:
+                    log.info("delivering again", extra=fields(sink=self._sink.name))
+                self._set_status("delivering", "")
+                return
+            failures = 1 if progressed else failures + 1
+            if self._wait_after(delivery.fault, failures, len(todo)):
+                return
+
+    def _settle(self, reader: SpoolReader, batch: _Batch, before_seq: int) -> None:
+        if before_seq - 1 > batch.settled_seq:
+            self._state.settle(batch.settle_before(before_seq, reader.epoch))
+            self._position = batch.settled_seq
+
+    def _wait_after(self, fault: Fault | None, failures: int, waiting: int) -> bool:
+        """Say what is wrong and wait; return whether to stop."""
+        if fault is None:
+            raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
+        hold = fault.kind is FaultKind.HOLD
+        wait_s = HOLD_RETRY_S if hold else backoff_s(failures, self._jitter())
+        self._set_status("on hold" if hold else "retrying", str(fault))
+        log.log(
+            logging.ERROR if hold else logging.WARNING,
+            "%s: %s",
+            "delivery is on hold until somebody mends this" if hold else "delivery failed",
+            fault,
+            extra=fields(
+                sink=self._sink.name,
+                failures=failures,
+                retry_in_s=round(wait_s, 2),
+                rows=waiting,
+                after_seq=self._position,
+            ),
+        )
+        deadline = self._clock() + wait_s
+        while not self._stop.requested and (left_s := deadline - self._clock()) > 0:
+            self._watchdog.beat(LOOP)
+            self._stop.wait(left_s)
+        return self._stop.requested
+
+    def _set_status(self, state: str, detail: str) -> None:
+        if (state, detail) != self._status:
+            self._state.set_status(state, detail)
+            self._status = (state, detail)
+
+    def _note_gaps(self, gaps: Sequence[Gap]) -> None:
+        for gap in gaps:
+            log.error(
+                "readings are missing and will not be delivered: %s",
+                gap.reason,
+                extra=fields(
+                    sink=self._sink.name,
+                    first_seq=gap.first_seq,
+                    last_seq=gap.last_seq,
+                    rows=gap.rows,
+                ),
+            )
+
+    def _log_dead(self, dead: Sequence[DeadLetter]) -> None:
+        for letter in dead:
+            log.error(
+                "dead letter: %s",
+                letter.detail,
+                extra=fields(
+                    sink=self._sink.name,
+                    reason=letter.reason,
+                    seq=letter.row[0],
+                    topic=letter.row[8],
+                    look="select * from dead_letters",
+                ),
+            )

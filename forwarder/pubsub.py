@@ -1,0 +1,275 @@
+"""The Pub/Sub sink: ordered per site, sites in parallel, one request in flight per key.
+
+It uses the generated low-level client's channel and raw protobuf messages. The official
+publisher on top of it batches in threads of its own, at 16 times the CPU, and pauses an
+ordering key after an error until it is told to resume; a spool needs neither.
+
+Limits (https://cloud.google.com/pubsub/quotas#resource_limits, which the emulator does not
+enforce): one ordering key a request, 1,000 messages and 10 MB a request, 1,024 bytes for an
+ordering key and an attribute's value.
+"""
+
+import logging
+import queue
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import google.auth
+import google.auth.exceptions
+import grpc
+from google.auth.credentials import AnonymousCredentials
+from google.pubsub_v1 import PublisherClient
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
+from google.pubsub_v1.types import PublishRequest as _PublishRequest
+from google.pubsub_v1.types import PublishResponse as _PublishResponse
+from google.pubsub_v1.types import PubsubMessage as _PubsubMessage
+
+from forwarder.event import SCHEMA_VERSION, kpi_event
+from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
+from forwarder.sink import Delivery, Fault, FaultKind
+from lifecycle import Settings
+from spool import DeadLetter, Reading
+
+log = logging.getLogger("forwarder.pubsub")
+
+REQUEST_MAX_MESSAGES = 1_000
+REQUEST_MAX_BYTES = 9_000_000
+"""Below the service's 10 MB, which counts overheads that we do not see."""
+
+KEY_MAX_BYTES = 1_024
+ATTRIBUTE_MAX_BYTES = 1_024
+DEADLINE_S = 20.0
+BATCH_MAX_ROWS = 8_000
+BATCH_MAX_BYTES = 8 * 1024 * 1024
+
+CHANNEL_OPTIONS = (
+    # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A new channel must not inherit the dead connection of the one that it replaces.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_send_message_length", -1),
+)
+PUBLISH_METHOD = "/google.pubsub.v1.Publisher/Publish"
+
+PublishRequest = _PublishRequest.pb()
+PublishResponse = _PublishResponse.pb()
+PubsubMessage = _PubsubMessage.pb()
+
+
+@dataclass
+class _Lane:
+    """The rows of one site within a batch, cut into requests, first to last."""
+
+    site: str
+    waiting: deque[list[Reading]] = field(default_factory=deque)
+
+
+class PubSubSink:
+    """Publishes readings as KPI events to one topic.
+
+    Args:
+        settings: Project, topic, endpoint or emulator, instance id.
+    """
+
+    name = "pubsub"
+    max_rows = BATCH_MAX_ROWS
+    max_bytes = BATCH_MAX_BYTES
+
+    def __init__(self, settings: Settings) -> None:
+        topic = settings.pubsub_topic
+        if not topic.startswith("projects/"):
+            topic = f"projects/{settings.gcp_project_id}/topics/{topic}"
+        self._topic = topic
+        self._emulator = settings.pubsub_emulator_host
+        self._endpoint = settings.pubsub_endpoint
+        self._source = settings.instance_id
+        self._metadata = (("x-goog-request-params", f"topic={topic}"),)
+        self._client: PublisherClient | None = None
+        self._publish: grpc.UnaryUnaryMultiCallable | None = None
+
+    def deliver(self, rows: Sequence[Reading]) -> Delivery:
+        """Publish ``rows``; see :class:`forwarder.sink.Sink`."""
+        try:
+            self._connect()
+        except google.auth.exceptions.DefaultCredentialsError as error:
+            return _nothing(rows, FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
+            # Some kinds of credentials already call the network when they are made.
+            return _nothing(rows, FaultKind.TRANSIENT, f"cannot build the client: {error}")
+        delivery = Delivery()
+        self._run(self._lanes(rows, delivery), delivery)
+        # Lanes end in any order; the cursor needs the order of seq.
+        delivery.retry.sort()
+        if delivery.fault is not None and "DEADLINE_EXCEEDED" in delivery.fault.problem:
+            self.close()  # the path may be dead: the next try begins with a new connection
+        return delivery
+
+    def close(self) -> None:
+        """Close the channel."""
+        if self._client is not None:
+            self._client.transport.close()
+            self._client = None
+            self._publish = None
+
+    def _connect(self) -> None:
+        if self._publish is not None:
+            return
+        if self._emulator:
+            channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
+            transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
+        else:
+            host = self._endpoint or PublisherClient.DEFAULT_ENDPOINT
+            credentials, _ = google.auth.default(scopes=PublisherGrpcTransport.AUTH_SCOPES)
+            channel = PublisherGrpcTransport.create_channel(
+                host if ":" in host else f"{host}:443",
+                credentials=credentials,
+                scopes=PublisherGrpcTransport.AUTH_SCOPES,
+                options=CHANNEL_OPTIONS,
+            )
+            transport = PublisherGrpcTransport(host=host, channel=channel)
+        self._client = PublisherClient(transport=transport)
+        self._publish = transport.grpc_channel.unary_unary(
+            PUBLISH_METHOD,
+            request_serializer=PublishRequest.SerializeToString,
+            response_deserializer=PublishResponse.FromString,
+        )
+
+    def _lanes(self, rows: Sequence[Reading], delivery: Delivery) -> list[_Lane]:
+        """Sort the rows by site, in requests of lawful size; kill what can never be sent."""
+        by_site: dict[str, list[Reading]] = {}
+        for row in rows:
+            problem = _over_limit(row)
+            if problem:
+                delivery.dead.append(DeadLetter(row, "limit", problem))
+            else:
+                by_site.setdefault(row[4], []).append(row)
+        return [
+            _Lane(
+                site,
+                deque(
+                    site_rows[i : i + REQUEST_MAX_MESSAGES]
+                    for i in range(0, len(site_rows), REQUEST_MAX_MESSAGES)
+                ),
+            )
+            for site, site_rows in by_site.items()
+        ]
+
+    def _run(self, lanes: list[_Lane], delivery: Delivery) -> None:
+        """Send all lanes to their end: per lane one request at a time, all lanes at once."""
+        ended: queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]] = queue.SimpleQueue()
+        in_flight = sum(self._send_next(lane, ended) for lane in lanes)
+        while in_flight:
+            # Bounded by the deadline of each call.
+            future, lane, sent = ended.get()
+            in_flight -= 1
+            self._judge(future, lane, sent, delivery)
+            in_flight += self._send_next(lane, ended)
+
+    def _send_next(
+        self,
+        lane: _Lane,
+        ended: "queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]]",
+    ) -> int:
+        """Start the lane's next request; return 1, or 0 if the lane is at its end."""
+        if not lane.waiting or self._publish is None:
+            return 0
+        rows = lane.waiting.popleft()
+        request = PublishRequest(topic=self._topic, messages=[self._message(r) for r in rows])
+        if len(rows) > 1 and request.ByteSize() > REQUEST_MAX_BYTES:
+            _split(lane, rows)
+            return self._send_next(lane, ended)
+        future = self._publish.future(request, timeout=DEADLINE_S, metadata=self._metadata)
+        future.add_done_callback(lambda done: ended.put((done, lane, rows)))
+        return 1
+
+    def _message(self, row: Reading) -> object:
+        site = row[4]
+        return PubsubMessage(
+            data=kpi_event(row),
+            attributes={
+                "event_id": row[1].hex(),
+                "site_code": site,
+                "kpi_name": row[6],
+                "source": self._source,
+                "seq": str(row[0]),
+                "schema_version": str(SCHEMA_VERSION),
+            },
+            ordering_key=site,
+        )
+
+    def _judge(
+        self, future: grpc.Future, lane: _Lane, sent: list[Reading], delivery: Delivery
+    ) -> None:
+        """Decide what the answer to one request means for its rows and its lane."""
+        try:
+            answer = future.result()
+        except grpc.RpcError as error:
+            code, details = error.code().name, error.details() or ""
+        except grpc.FutureCancelledError:
+            code, details = "CANCELLED", "the call was cancelled"
+        else:
+            if len(answer.message_ids) == len(sent):
+                return
+            code = "UNKNOWN"
+            details = f"{len(answer.message_ids)} message ids came for {len(sent)} messages"
+        blame = blame_grpc(code)
+        if blame is Blame.ROWS and len(sent) == 1:
+            delivery.dead.append(DeadLetter(sent[0], code.lower(), details))
+        elif blame is Blame.ROWS:
+            # The service names no message: halve until the guilty one stands alone.
+            _split(lane, sent)
+        else:
+            delivery.retry += sent
+            for rows in lane.waiting:
+                delivery.retry += rows
+            lane.waiting.clear()
+            fault = self._fault(code, details, blame)
+            if delivery.fault is None or fault.kind is FaultKind.HOLD:
+                delivery.fault = fault
+
+    def _fault(self, code: str, details: str, blame: Blame) -> Fault:
+        credentials = credential_fault(details) if code == "UNAVAILABLE" else None
+        if credentials is not None:
+            return credentials
+        problem = f"publish to {self._topic}: {code}: {details}"
+        if blame is Blame.NOBODY:
+            return Fault(FaultKind.TRANSIENT, problem)
+        project, topic = self._topic.split("/")[1::2]
+        return Fault(
+            FaultKind.HOLD,
+            problem,
+            {
+                "NOT_FOUND": f"create it: gcloud pubsub topics create {topic} --project={project}",
+                "PERMISSION_DENIED": f"allow it: gcloud pubsub topics add-iam-policy-binding "
+                f"{topic} --project={project} --role=roles/pubsub.publisher "
+                "--member=serviceAccount:ACCOUNT",
+                "UNAUTHENTICATED": CREDENTIALS_REMEDY,
+            }.get(code, f"look at it: gcloud pubsub topics describe {topic} --project={project}"),
+        )
+
+
+def _split(lane: _Lane, rows: list[Reading]) -> None:
+    """Put both halves back at the head of the lane, in order."""
+    half = len(rows) // 2
+    lane.waiting.appendleft(rows[half:])
+    lane.waiting.appendleft(rows[:half])
+
+
+def _over_limit(row: Reading) -> str:
+    """Return why the service could never take this row; empty if it could."""
+    for value, limit, what in (
+        (row[4], KEY_MAX_BYTES, "site_code, the ordering key,"),
+        (row[6], ATTRIBUTE_MAX_BYTES, "pi_tag, the attribute kpi_name,"),
+    ):
+        # UTF-8 takes at most four bytes a character, so most values need no encoding.
+        if len(value) > limit // 4 and len(value.encode()) > limit:
+            return f"{what} has {len(value.encode())} bytes; Pub/Sub takes at most {limit}"
+    return ""
+
+
+def _nothing(rows: Sequence[Reading], kind: FaultKind, problem: str, remedy: str = "") -> Delivery:
+    return Delivery(retry=list(rows), fault=Fault(kind, problem, remedy))

@@ -1,0 +1,78 @@
+"""The protocol between the drain loop and a sink. Adding a sink is a module and a line.
+
+A sink is handed rows and says what became of each. It keeps no state that a crash could
+lose: what it answered is made durable by the drain loop, and what it did not answer is
+handed to it again. It therefore has to bear the same row twice (every service here has a
+way: ``event_id``, offsets, insert ids).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from spool import DeadLetter, Reading
+
+
+class FaultKind(Enum):
+    """What it takes for a delivery to succeed after all."""
+
+    TRANSIENT = "transient"
+    """Time: the network, a quota, the service's own trouble. Try again, backing off."""
+    HOLD = "hold"
+    """A person: a missing topic, a permission, a schema. Say so; look again each minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why rows could not be delivered now; none of them is at fault itself."""
+
+    kind: FaultKind
+    problem: str
+    """What failed, on what, and why, in the service's words."""
+    remedy: str = ""
+    """The exact command or statement that mends it."""
+
+    def __str__(self) -> str:
+        """Return both as one text."""
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What became of a batch.
+
+    Every row of the batch is in exactly one of three states: in ``retry`` (still to be
+    delivered), in ``dead`` (at fault itself), or, being in neither, delivered and confirmed
+    by the service.
+    """
+
+    retry: list[Reading] = field(default_factory=list)
+    """In the order of seq. Not empty only with a fault."""
+    dead: list[DeadLetter] = field(default_factory=list)
+    fault: Fault | None = None
+
+
+class Sink(Protocol):
+    """A service that readings are delivered to."""
+
+    name: str
+    max_rows: int
+    """How many rows it likes to be handed at once."""
+    max_bytes: int
+    """And how many bytes of payload."""
+
+    def deliver(self, rows: Sequence[Reading]) -> Delivery:
+        """Deliver ``rows``, which are in the order of seq, and report on each.
+
+        Blocks for as long as the service's deadlines allow, never for ever. A sink that
+        promises order must not deliver a row of a site after it failed to deliver an
+        earlier one of that site; those rows belong into ``retry`` as well. May be called
+        with rows that were delivered before (after a crash, or a lost answer).
+
+        Never raises for what the network or the service does: that is a Fault. What it
+        raises is a bug.
+        """
+
+    def close(self) -> None:
+        """Let go of connections. No delivery is under way."""

@@ -1,0 +1,34 @@
+"""The contract with the supervisor: settings, logs, shutdown, exit codes, one-instance lock.
+
+A program of Sluice is a body that is handed its settings and a stop request; everything
+between it and the process table is here, once, for all of them. This package imports no
+sibling, so the spool can be used without it and it without the spool.
+"""
+
+from lifecycle.environment import EnvironmentFileError, merged_environment
+from lifecycle.exitcodes import ExitCode
+from lifecycle.instance import AlreadyRunningError, InstanceLock
+from lifecycle.logs import configure_logging, fields, printable
+from lifecycle.program import Program, leave, run
+from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.shutdown import StopRequest
+from lifecycle.watchdog import Watchdog
+
+__all__ = [
+    "AlreadyRunningError",
+    "EnvironmentFileError",
+    "ExitCode",
+    "InstanceLock",
+    "Program",
+    "Settings",
+    "SettingsError",
+    "StopRequest",
+    "Watchdog",
+    "configure_logging",
+    "fields",
+    "leave",
+    "load_settings",
+    "merged_environment",
+    "printable",
+    "run",
+]

@@ -1,0 +1,141 @@
+"""From ``__main__`` to the program's body and back to an exit code."""
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lifecycle.environment import EnvironmentFileError, merged_environment
+from lifecycle.exitcodes import ExitCode
+from lifecycle.instance import AlreadyRunningError, InstanceLock
+from lifecycle.logs import configure_logging, fields
+from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.shutdown import StopRequest
+
+STORAGE_FAULT_MIN_UPTIME_S = 5.0
+"""A process with a storage fault stays this long, above supervisord's ``startsecs``: a fault
+that a restart may mend must never end in FATAL, which is for good."""
+
+log = logging.getLogger("lifecycle")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of Sluice's programs.
+
+    Attributes:
+        role: Its name in supervisorctl, in its logs and in its lock file.
+        body: The program itself; returns when asked to stop.
+        exit_codes: The exit code for each error class that the body may raise.
+    """
+
+    role: str
+    body: Callable[[Settings, StopRequest], None]
+    exit_codes: Mapping[type[Exception], ExitCode]
+
+
+def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
+    """Run ``program`` to its end and return the exit code; errors are logged, not raised.
+
+    ``environ`` is completed from the environment file in place, because the libraries of
+    the services read variables of their own from it (credentials, proxies, emulators).
+    """
+    started = time.monotonic()
+    configure_logging(program.role)
+    try:
+        environ.update(merged_environment(environ))
+        settings = load_settings(environ, socket.gethostname())
+    except EnvironmentFileError as error:
+        return _report_settings(SettingsError([str(error)]))
+    except SettingsError as error:
+        return _report_settings(error)
+    configure_logging(program.role, settings.log_level, settings.log_format)
+    stop = StopRequest(supervised=environ.get("SUPERVISOR_ENABLED") == "1")
+    stop.install()
+    code = _run_body(program, settings, stop)
+    if code is ExitCode.STORAGE:
+        remaining = STORAGE_FAULT_MIN_UPTIME_S - (time.monotonic() - started)
+        if remaining > 0:
+            stop.wait(remaining)
+    return code
+
+
+def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCode:
+    try:
+        _prepare_directory(settings.spool_dir)
+        lock = InstanceLock(settings.spool_dir, program.role)
+        lock.acquire()
+    except AlreadyRunningError as error:
+        log.critical("cannot start: %s", error)
+        return ExitCode.STORAGE
+    except OSError as error:
+        log.critical(
+            "cannot start: SPOOL_DIR %s cannot be used: %s; it must exist and belong to the "
+            "user that runs this program (check: ls -ld %s; id)",
+            settings.spool_dir,
+            error,
+            settings.spool_dir,
+        )
+        return ExitCode.STORAGE
+    log.info("started", extra=fields(app_env=settings.app_env, pid=os.getpid()))
+    try:
+        program.body(settings, stop)
+    except tuple(program.exit_codes) as error:
+        code = next(c for kind, c in program.exit_codes.items() if isinstance(error, kind))
+        log.critical("ends: %s", error, extra=fields(exit_code=int(code)))
+        return code
+    except Exception:
+        log.critical(
+            "ends by an error that nobody foresaw; nothing that was acknowledged is lost. "
+            "Please report the traceback",
+            exc_info=True,
+            extra=fields(exit_code=int(ExitCode.BUG)),
+        )
+        return ExitCode.BUG
+    log.info("stopped: %s", stop.reason, extra=fields(exit_code=0))
+    return ExitCode.CLEAN
+
+
+def _prepare_directory(directory: Path) -> None:
+    # 2750 with group sluice: members may look with sqlite3, nobody else; the set-group bit
+    # hands the group on to every file that SQLite makes beside the database.
+    os.umask(0o027)
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        directory.chmod(0o2750)
+
+
+def _report_settings(error: SettingsError) -> ExitCode:
+    count = len(error.problems)
+    log.critical(
+        "configuration: %d problem%s, nothing was started; mend the environment or the file "
+        "that SLUICE_ENV_FILE names, then: supervisorctl restart all",
+        count,
+        "" if count == 1 else "s",
+        extra=fields(exit_code=int(ExitCode.CONFIG)),
+    )
+    for number, problem in enumerate(error.problems, 1):
+        log.critical("configuration %d/%d: %s", number, count, problem)
+    return ExitCode.CONFIG
+
+
+def leave(code: ExitCode) -> NoReturn:
+    """End the process at once, without the interpreter's own farewell.
+
+    Closing the last connection to a database deletes its -wal and -shm files, and a member
+    of the group, who cannot make them anew, could then no longer look into it (SQLite
+    answers error 8). Everything that matters was committed and synced before; the operating
+    system closes the rest.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            continue  # nobody reads any more
+    os._exit(code)

@@ -1,0 +1,81 @@
+"""The wish to stop: SIGTERM or SIGINT, or a supervisor that is gone."""
+
+import os
+import select
+import signal
+import socket
+from types import FrameType
+
+
+class StopRequest:
+    """Becomes true once, when the process should end; can be waited for and selected on.
+
+    A signal handler must not take locks, so this rests on a socket pair and not on
+    threading.Event. Other threads use :meth:`wake` to interrupt a wait of the main thread.
+
+    Args:
+        supervised: Whether a supervisor started this process. Then its death is a reason to
+            stop: an orphan is seen by no ``supervisorctl`` and would keep the next
+            supervisor's process from starting.
+    """
+
+    def __init__(self, *, supervised: bool = False) -> None:
+        self._requested = False
+        self._reason = ""
+        self._parent = os.getppid() if supervised else 0
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.settimeout(0)
+        self._sender.settimeout(0)
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGINT. Call from the main thread."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+
+    def request(self, reason: str) -> None:
+        """Ask for the stop; the first reason is kept."""
+        if not self._requested:
+            self._reason = reason
+            self._requested = True
+        self.wake()
+
+    def wake(self) -> None:
+        """End the current or the next wait, from any thread."""
+        try:
+            self._sender.send(b"\0")
+        except BlockingIOError:
+            return  # enough wake-ups are waiting to be read already
+
+    @property
+    def requested(self) -> bool:
+        """Whether the process should end."""
+        if self._parent and os.getppid() != self._parent and not self._requested:
+            self.request("the supervisor is gone")
+        return self._requested
+
+    @property
+    def reason(self) -> str:
+        """Why, in a word or two."""
+        return self._reason
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable on a wake-up."""
+        return self._receiver.fileno()
+
+    def drain(self) -> None:
+        """Forget the wake-ups so far."""
+        try:
+            while self._receiver.recv(4096):
+                pass
+        except BlockingIOError:
+            return  # all read
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a wake-up or for ``timeout_s``; return whether to stop."""
+        if not self.requested and timeout_s > 0:
+            select.select([self._receiver], [], [], timeout_s)
+        self.drain()
+        return self.requested

@@ -1,0 +1,97 @@
+"""The spool: what stands on the disk between the broker and the cloud.
+
+**Layout.** One directory, ``SPOOL_DIR`` (mode 2750), one SQLite file per writing process
+(mode 0640), each in WAL mode with ``synchronous=FULL``:
+
+* ``spool.db`` belongs to the collector: readings (``reading_row``), rejected messages
+  (``rejected_row``), counters, and a snapshot of the sinks' progress;
+* ``pubsub.db`` and ``bigquery.db`` belong to the forwarder of that name: its cursor, its dead
+  letters, its gaps, its counters.
+
+Everybody else opens a file read-only. Separate files, because a cursor's sync would otherwise
+stand in the way of the collector's (measured on a slow disk: 743 ms instead of 15 ms at the
+99th percentile), and because a single writer per file is the condition under which SQLite's
+WAL-reset bug (3.7.0 to 3.51.2) cannot strike.
+
+**Write.** The collector inserts a batch in one transaction (:class:`SpoolWriter`); when COMMIT
+returns, the rows, and the counters that count them, are on the disk, and only then may the
+broker hear "received". A failed commit is *unknown*: the writer is opened again and the
+batch is checked against what is there.
+
+**Read.** A forwarder reads ``seq > cursor`` in order (:class:`SpoolReader`). It sees a row only
+once it is durable. ``seq`` grows by one per row and has no holes but at the low end.
+
+**Acknowledge.** A forwarder moves its cursor over the contiguous prefix of rows that were
+delivered, became dead letters, or were found missing (a gap), all in one transaction
+(:class:`SinkState`). The cursor names the epoch of the spool it belongs to; a spool with
+another epoch is read from its start, a cursor beyond the spool's end is an alarm.
+
+**Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes, in small steps,
+what every enabled sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep
+(:class:`Retention`). A sink whose file cannot be read holds everything.
+
+**Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
+at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
+messages are a ring with limits of its own. On a full disk the :class:`Ballast` is given up.
+
+Each row carries a CRC of its content, checked when it is read for delivery.
+"""
+
+from spool.errors import (
+    CorruptFileError,
+    CursorAheadError,
+    DiskFullError,
+    FileMissingError,
+    NewerFormatError,
+    SpoolError,
+    StorageFaultError,
+    WrongEnvironmentError,
+)
+from spool.files import sink_path, spool_path
+from spool.guard import claim_environment, pending, refuse_backlog
+from spool.progress import SinkFile, SinkProgress
+from spool.reader import SpoolReader
+from spool.records import NewReading, Reading, Rejection, event_id, intact, row_crc
+from spool.recovery import Salvage, set_aside
+from spool.retention import Retention
+from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
+from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
+from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter
+
+__all__ = [
+    "REJECTED_PAYLOAD_BYTES",
+    "ROW_OVERHEAD_BYTES",
+    "Ballast",
+    "Budget",
+    "CorruptFileError",
+    "CursorAheadError",
+    "DeadLetter",
+    "DiskFullError",
+    "FileMissingError",
+    "Gap",
+    "Level",
+    "NewReading",
+    "NewerFormatError",
+    "Reading",
+    "Rejection",
+    "Retention",
+    "Salvage",
+    "Settlement",
+    "SinkFile",
+    "SinkProgress",
+    "SinkState",
+    "SpoolError",
+    "SpoolReader",
+    "SpoolWriter",
+    "StorageFaultError",
+    "WrongEnvironmentError",
+    "claim_environment",
+    "event_id",
+    "intact",
+    "pending",
+    "refuse_backlog",
+    "row_crc",
+    "set_aside",
+    "sink_path",
+    "spool_path",
+]

@@ -1,0 +1,115 @@
+"""The one place that opens database files. Each pragma carries its reason."""
+
+import os
+import sqlite3
+from pathlib import Path
+
+from spool.errors import CorruptFileError, FileMissingError, translated
+
+BUSY_TIMEOUT_S = 10.0
+"""A file has one writer, so waiting is rare: another's recovery after a crash, or a person
+in the sqlite3 shell."""
+
+WAL_KEPT_BYTES = 64 * 1024 * 1024
+"""A write-ahead log that a long reader made grow is cut back to this."""
+
+WAL_CHECKPOINT_PAGES = 1000
+
+FILE_MODE = 0o640
+
+APPLICATION_ID = 0x536C7563
+"""'Sluc': tells our files from another program's (SQLite's file format, offset 68)."""
+
+
+def open_owner(path: Path) -> sqlite3.Connection:
+    """Open ``path`` as its only writer, and create it where it is missing.
+
+    Raises:
+        StorageFaultError: It cannot be opened; CorruptFileError if it is no database.
+    """
+    try:
+        # SQLite gives -wal and -shm the mode of the database, so the mode is set before the
+        # first byte is written.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+        conn = sqlite3.connect(
+            path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+    except sqlite3.Error as error:
+        raise translated(error, "open", path) from error
+    except OSError as error:
+        raise translated(sqlite3.OperationalError(str(error)), "open", path) from error
+    try:
+        _configure_owner(conn)
+    except sqlite3.Error as error:
+        conn.close()
+        raise translated(error, "open", path) from error
+    return conn
+
+
+def _configure_owner(conn: sqlite3.Connection) -> None:
+    # Given before the first table, it lets a spool that was once large return its space.
+    conn.execute("PRAGMA auto_vacuum=INCREMENTAL")
+    # Readers never block the writer, and one sync makes a commit durable.
+    conn.execute("PRAGMA journal_mode=WAL")
+    # A commit returns after its fdatasync. With NORMAL the last commits may be gone after a
+    # power cut, although the broker heard "received".
+    conn.execute("PRAGMA synchronous=FULL")
+    conn.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")
+    conn.execute(f"PRAGMA wal_autocheckpoint={WAL_CHECKPOINT_PAGES}")
+    # What a person might have left behind in the schema must not run code.
+    conn.execute("PRAGMA trusted_schema=OFF")
+    # 2 MiB of page cache: rows are appended and read in order, so more does not help.
+    conn.execute("PRAGMA cache_size=-2048")
+
+
+def open_reader(path: Path) -> sqlite3.Connection:
+    """Open ``path`` read-only, as everybody but its owner does.
+
+    Never ``immutable=1``: that promises that nobody writes, and gives wrong answers when
+    somebody does.
+
+    Raises:
+        FileMissingError: There is no such file, or it is still empty.
+        StorageFaultError: It cannot be opened.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise FileMissingError(f"{path} is empty: its owner has not begun it yet")
+        conn = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro",
+            uri=True,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+    except FileNotFoundError as error:
+        raise FileMissingError(f"{path} does not exist: its owner has not run yet") from error
+    except sqlite3.Error as error:
+        raise translated(error, "open for reading", path) from error
+    except OSError as error:
+        raise translated(sqlite3.OperationalError(str(error)), "open", path) from error
+    try:
+        conn.execute("PRAGMA query_only=ON")
+        conn.execute("PRAGMA cache_size=-2048")
+        conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error as error:
+        conn.close()
+        raise translated(error, "open for reading", path) from error
+    return conn
+
+
+def format_version(conn: sqlite3.Connection, path: Path) -> int:
+    """Return the format that the file has; 0 for one that holds nothing yet.
+
+    Raises:
+        CorruptFileError: It is a database, but another program's.
+    """
+    try:
+        (version,) = conn.execute("PRAGMA user_version").fetchone()
+        (application,) = conn.execute("PRAGMA application_id").fetchone()
+        (objects,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error as error:
+        raise translated(error, "read the format", path) from error
+    if objects and application != APPLICATION_ID:
+        raise CorruptFileError(f"{path} is a database, but not one of Sluice's")
+    return int(version) if objects else 0

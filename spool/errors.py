@@ -1,0 +1,62 @@
+"""What can go wrong with the files, each with the operation, the file and the next step."""
+
+import sqlite3
+from pathlib import Path
+
+
+class SpoolError(Exception):
+    """The base of all errors of the spool's files."""
+
+
+class StorageFaultError(SpoolError):
+    """The disk or SQLite failed; whether a commit took place is unknown. Reopen, or restart."""
+
+
+class DiskFullError(StorageFaultError):
+    """SQLite found no room on the disk (SQLITE_FULL). Free some, then go on."""
+
+
+class CorruptFileError(StorageFaultError):
+    """The file is no healthy database of ours (SQLITE_CORRUPT, SQLITE_NOTADB)."""
+
+
+class FileMissingError(SpoolError):
+    """The file is not there (yet): its owner has not run, or somebody removed it."""
+
+
+class WrongEnvironmentError(SpoolError):
+    """The spool holds undelivered readings of another ``APP_ENV``."""
+
+
+class NewerFormatError(SpoolError):
+    """The file was written by a newer release than this one."""
+
+
+class CursorAheadError(SpoolError):
+    """A cursor points beyond the spool's last row: the spool has lost rows.
+
+    Nothing may be skipped, so the forwarder stops with an alarm.
+    """
+
+
+_CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFaultError:
+    """Return our error for SQLite's: only two codes mean corruption, one a full disk.
+
+    Running out of file descriptors or a permission error must never be taken for corruption:
+    setting a healthy spool aside would be a loss made by ourselves.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    primary = code & 0xFF if code is not None else None
+    what = f"{operation} on {path} failed: {error} ({name})"
+    if primary in _CORRUPT:
+        return CorruptFileError(f"{what}; the file is damaged or not ours")
+    if primary == sqlite3.SQLITE_FULL:
+        return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+    return StorageFaultError(
+        f"{what}; check the disk and its rights: df -h {path.parent}; ls -la {path.parent}; "
+        "dmesg | tail"
+    )

@@ -1,0 +1,71 @@
+"""From any older format of a file to the current one, by sqlite-utils' migrations.
+
+Imported only when there is something to migrate: sqlite-utils costs 12 MB of memory, which
+a collector that starts on a current file need not pay.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+
+from sqlite_utils import Database, Migrations
+
+from spool.connection import APPLICATION_ID
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the script's statements.
+
+    executescript() would commit in between, and a half-made file is worse than none.
+    """
+    buffer = ""
+    for line in script.splitlines(keepends=True):
+        buffer += line
+        if sqlite3.complete_statement(buffer):
+            yield buffer
+            buffer = ""
+    if buffer.strip() and not buffer.lstrip().startswith("--"):
+        raise ValueError(f"the SQL script ends inside a statement: {buffer[-60:]!r}")
+
+
+def _run_script(db: Database, name: str, version: int) -> None:
+    script = files("spool.schema").joinpath(name).read_text(encoding="utf-8")
+    for statement in _statements(script):
+        db.conn.execute(statement)
+    db.conn.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    db.conn.execute(f"PRAGMA user_version={version}")
+
+
+spool_migrations = Migrations("spool")
+sink_migrations = Migrations("sink")
+
+
+@spool_migrations(name="1")
+def _spool_1(db: Database) -> None:
+    _run_script(db, "spool_1.sql", 1)
+
+
+@sink_migrations(name="1")
+def _sink_1(db: Database) -> None:
+    _run_script(db, "sink_1.sql", 1)
+
+
+def migrate(
+    conn: sqlite3.Connection,
+    migrations: Migrations,
+    initialise: Callable[[sqlite3.Connection], None],
+) -> None:
+    """Bring the file to the current format and run ``initialise``, in one transaction.
+
+    ``initialise`` fills in what a new file needs to be whole (its epoch), so that no crash
+    can leave a file of the right format without it.
+    """
+    db = Database(conn, execute_plugins=False)
+    conn.execute("BEGIN IMMEDIATE")
+    try:
+        migrations.apply(db)
+        initialise(conn)
+    except BaseException:
+        conn.rollback()
+        raise
+    conn.execute("COMMIT")

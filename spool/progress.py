@@ -1,0 +1,106 @@
+"""How far each sink is, as the collector reads it from the sinks' own files."""
+
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from spool.connection import open_reader
+from spool.errors import SpoolError
+from spool.files import sink_path
+
+
+@dataclass(frozen=True, slots=True)
+class SinkProgress:
+    """One sink's position at one moment."""
+
+    sink: str
+    enabled: bool
+    epoch: str = ""
+    seq: int = 0
+    delivered: int = 0
+    dead_lettered: int = 0
+    dropped: int = 0
+    state: str = "no file"
+    detail: str = ""
+    as_of_us: int = 0
+
+    def position_in(self, epoch: str) -> int:
+        """Return the cursor if it belongs to ``epoch``, else 0: then it has passed nothing."""
+        return self.seq if self.epoch == epoch else 0
+
+    def same_as(self, other: "SinkProgress") -> bool:
+        """Return whether nothing but the time differs."""
+        return self == other or _timeless(self) == _timeless(other)
+
+
+def _timeless(p: SinkProgress) -> tuple[object, ...]:
+    return (
+        p.sink,
+        p.enabled,
+        p.epoch,
+        p.seq,
+        p.delivered,
+        p.dead_lettered,
+        p.dropped,
+        p.state,
+        p.detail,
+    )
+
+
+class SinkFile:
+    """A sink's file as the collector sees it: kept open, opened again when it was replaced."""
+
+    def __init__(self, directory: Path, sink: str, *, enabled: bool) -> None:
+        self._path = sink_path(directory, sink)
+        self._sink = sink
+        self._enabled = enabled
+        self._conn: sqlite3.Connection | None = None
+        self._inode = 0
+
+    def read(self) -> SinkProgress:
+        """Return the sink's progress.
+
+        A file that is missing or cannot be read counts as a cursor at 0, so nothing is
+        pruned on its account; the state and the detail say so. Never raises for it.
+        """
+        now_us = time.time_ns() // 1000
+        try:
+            conn = self._connection()
+            cursor = conn.execute("SELECT epoch, seq FROM cursor").fetchone()
+            counters = dict(conn.execute("SELECT name, value FROM counter"))
+            status = conn.execute("SELECT state, detail FROM status").fetchone()
+        except (SpoolError, sqlite3.Error, OSError) as error:
+            self.close()
+            state = "no file" if not self._path.exists() else "unreadable"
+            return SinkProgress(
+                self._sink, self._enabled, state=state, detail=str(error), as_of_us=now_us
+            )
+        epoch, seq = cursor or ("", 0)
+        state, detail = status or ("starting", "")
+        return SinkProgress(
+            sink=self._sink,
+            enabled=self._enabled,
+            epoch=epoch,
+            seq=seq,
+            delivered=counters.get("delivered", 0),
+            dead_lettered=counters.get("dead_lettered", 0),
+            dropped=counters.get("dropped", 0),
+            state=state,
+            detail=detail,
+            as_of_us=now_us,
+        )
+
+    def _connection(self) -> sqlite3.Connection:
+        inode = self._path.stat().st_ino
+        if self._conn is None or inode != self._inode:
+            self.close()
+            self._conn = open_reader(self._path)
+            self._inode = inode
+        return self._conn
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None

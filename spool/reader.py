@@ -1,0 +1,147 @@
+"""A forwarder's side of spool.db: it reads what is durable, and changes nothing.
+
+With synchronous=FULL a reader sees a row only after the sync that made it durable, so a
+forwarder may send whatever it can read.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from spool.connection import format_version, open_reader
+from spool.errors import CursorAheadError, FileMissingError, NewerFormatError, translated
+from spool.files import spool_path
+from spool.records import PAYLOAD, READING_COLUMNS, Reading
+from spool.writer import SPOOL_FORMAT
+
+_SELECT = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - our own constant
+
+
+class SpoolReader:
+    """spool.db, opened read-only."""
+
+    def __init__(self, conn: sqlite3.Connection, path: Path) -> None:
+        self._conn = conn
+        self.path = path
+        self._inode = path.stat().st_ino
+        self._data_version = -1
+        meta = dict(conn.execute("SELECT key, value FROM meta"))
+        self.epoch: str = meta["epoch"]
+
+    @classmethod
+    def open(cls, directory: Path) -> "SpoolReader":
+        """Open the spool in ``directory``.
+
+        Raises:
+            FileMissingError: The collector has not made it yet.
+            StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
+            NewerFormatError: A newer release wrote it.
+        """
+        path = spool_path(directory)
+        conn = open_reader(path)
+        try:
+            version = format_version(conn, path)
+            if version == 0:
+                raise FileMissingError(f"{path} is not finished: the collector is making it")
+            if version > SPOOL_FORMAT:
+                raise NewerFormatError(
+                    f"{path} has format {version}, this release knows {SPOOL_FORMAT}; "
+                    "install the same release for all of Sluice's programs"
+                )
+            return cls(conn, path)
+        except FileNotFoundError as error:
+            conn.close()
+            raise FileMissingError(f"{path} went away") from error
+        except sqlite3.Error as error:
+            conn.close()
+            raise translated(error, "open for reading", path) from error
+        except BaseException:
+            conn.close()
+            raise
+
+    def close(self) -> None:
+        """Close."""
+        self._conn.close()
+
+    def changed(self) -> bool:
+        """Return whether somebody has committed since the last call; cheap enough to poll."""
+        try:
+            (version,) = self._conn.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "look for new rows", self.path) from error
+        if version == self._data_version:
+            return False
+        self._data_version = version
+        return True
+
+    def replaced(self) -> bool:
+        """Return whether the path now leads to another file than the one that is open."""
+        try:
+            return self.path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+    def app_env(self) -> str:
+        """Return the ``APP_ENV`` under which the spool is filled; empty if never."""
+        return self._meta("app_env")
+
+    def dropped_through(self) -> int:
+        """Return the highest seq that SPOOL_FULL_POLICY=drop-oldest has deleted; 0 if none."""
+        return int(self._meta("dropped_through_seq") or 0)
+
+    def _meta(self, key: str) -> str:
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read meta", self.path) from error
+        return str(row[0]) if row else ""
+
+    def last_seq(self) -> int:
+        """Return the highest seq ever given in this epoch; 0 in a new file."""
+        try:
+            row = self._conn.execute(
+                "SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'"
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read the last seq", self.path) from error
+        return int(row[0]) if row else 0
+
+    def read_after(self, seq: int, max_rows: int, max_bytes: int) -> list[Reading]:
+        """Return the readings that follow ``seq``, oldest first.
+
+        The statement is finished before this returns: a reader that stayed in it would keep
+        the write-ahead log from being reset.
+
+        Args:
+            seq: The position after which to read.
+            max_rows: At most this many.
+            max_bytes: Stop after the row that brings the payloads to this sum.
+        """
+        rows: list[Reading] = []
+        size = 0
+        try:
+            cursor = self._conn.execute(_SELECT, (seq, max_rows))
+            for row in cursor:
+                rows.append(row)
+                size += len(row[PAYLOAD])
+                if size >= max_bytes:
+                    break
+            cursor.close()
+        except sqlite3.Error as error:
+            raise translated(error, f"read after seq {seq}", self.path) from error
+        return rows
+
+    def check_position(self, seq: int) -> None:
+        """Make sure that a cursor at ``seq`` can belong to this spool.
+
+        Raises:
+            CursorAheadError: It is beyond the last row ever written.
+        """
+        last = self.last_seq()
+        if seq > last:
+            raise CursorAheadError(
+                f"the cursor stands at seq {seq}, but the last reading in {self.path} is {last}: "
+                "the spool has lost rows (restored from a copy? a disk that lies about syncs?). "
+                "Nothing is sent, because new readings would be skipped. To begin a new epoch, "
+                "which sends everything in the spool again, move spool.db, spool.db-wal and "
+                "spool.db-shm away while the collector is stopped; to keep them, ask for help"
+            )

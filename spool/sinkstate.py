@@ -1,0 +1,184 @@
+"""A forwarder's own file: its cursor, its dead letters, its gaps, its counters.
+
+The forwarder moves its cursor; the collector looks at it and prunes behind it.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spool.connection import format_version, open_owner
+from spool.errors import NewerFormatError, translated
+from spool.files import sink_path
+from spool.records import READING_COLUMNS, Reading
+
+SINK_FORMAT = 1
+
+_INSERT_DEAD = (
+    f"INSERT OR IGNORE INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
+    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+)
+_ADD_COUNTER = (
+    "INSERT INTO counter (name, value) VALUES (?, ?) "
+    "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A row that its service refuses for its own sake."""
+
+    row: Reading
+    reason: str
+    """A code: lower case, underscores."""
+    detail: str
+    """The service's own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Rows that had left the spool before this sink saw them."""
+
+    first_seq: int
+    last_seq: int
+    reason: str
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.last_seq - self.first_seq + 1
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What is decided about the rows up to ``seq``; written in one transaction."""
+
+    epoch: str
+    seq: int
+    delivered: int = 0
+    dead: list[DeadLetter] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+
+
+class SinkState:
+    """``<sink>.db``, opened by its only writer."""
+
+    def __init__(self, conn: sqlite3.Connection, path: Path) -> None:
+        self._conn = conn
+        self.path = path
+
+    @classmethod
+    def open(cls, directory: Path, sink: str) -> "SinkState":
+        """Open the file of ``sink`` in ``directory``; make it where it is missing.
+
+        Raises:
+            StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
+            NewerFormatError: A newer release wrote it.
+        """
+        path = sink_path(directory, sink)
+        conn = open_owner(path)
+        try:
+            version = format_version(conn, path)
+            if version > SINK_FORMAT:
+                raise NewerFormatError(
+                    f"{path} has format {version}, this release knows {SINK_FORMAT}; install the "
+                    "release that wrote it"
+                )
+            if version < SINK_FORMAT:
+                from spool.migrations import migrate, sink_migrations  # noqa: PLC0415 - see there
+
+                migrate(conn, sink_migrations, lambda _: None)
+        except sqlite3.Error as error:
+            conn.close()
+            raise translated(error, "open", path) from error
+        except BaseException:
+            conn.close()
+            raise
+        return cls(conn, path)
+
+    def close(self) -> None:
+        """Close; what was committed stays."""
+        self._conn.close()
+
+    @contextmanager
+    def _transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+        try:
+            self._conn.execute("BEGIN IMMEDIATE")
+            yield self._conn
+            self._conn.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._conn.in_transaction:
+                self._conn.rollback()
+            raise translated(error, operation, self.path) from error
+
+    def position(self, epoch: str) -> int:
+        """Return the last settled seq in the spool of ``epoch``; 0 for one never met."""
+        row = self._cursor_row()
+        return row[1] if row and row[0] == epoch else 0
+
+    def known_epoch(self) -> str:
+        """Return the epoch that the cursor belongs to; empty if there is no cursor yet."""
+        row = self._cursor_row()
+        return row[0] if row else ""
+
+    def _cursor_row(self) -> tuple[str, int] | None:
+        try:
+            row = self._conn.execute("SELECT epoch, seq FROM cursor").fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read the cursor", self.path) from error
+        return (str(row[0]), int(row[1])) if row else None
+
+    def settle(self, settlement: Settlement) -> None:
+        """Move the cursor, with everything that explains the move, in one durable step."""
+        now_us = time.time_ns() // 1000
+        s = settlement
+        with self._transaction("move the cursor") as conn:
+            new = 0
+            for letter in s.dead:
+                seq, *columns = letter.row
+                new += conn.execute(
+                    _INSERT_DEAD, (now_us, letter.reason, letter.detail, s.epoch, seq, *columns)
+                ).rowcount
+            for gap in s.gaps:
+                conn.execute(
+                    "INSERT INTO gap (noted_us, epoch, first_seq, last_seq, reason) "
+                    "VALUES (?,?,?,?,?)",
+                    (now_us, s.epoch, gap.first_seq, gap.last_seq, gap.reason),
+                )
+            counts = {
+                "delivered": s.delivered,
+                "dead_lettered": new,
+                "dropped": sum(gap.rows for gap in s.gaps),
+            }
+            conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
+            conn.execute(
+                "INSERT INTO cursor (id, epoch, seq, updated_us) VALUES (1, ?, ?, ?) ON CONFLICT "
+                "(id) DO UPDATE SET epoch=excluded.epoch, seq=excluded.seq, "
+                "updated_us=excluded.updated_us",
+                (s.epoch, s.seq, now_us),
+            )
+
+    def set_status(self, state: str, detail: str) -> None:
+        """Say what the forwarder is doing, for people and for the collector's snapshot."""
+        with self._transaction("write the status") as conn:
+            conn.execute(
+                "INSERT INTO status (id, state, detail, since_us) VALUES (1, ?, ?, ?) ON CONFLICT "
+                "(id) DO UPDATE SET state=excluded.state, detail=excluded.detail, "
+                "since_us=iif(status.state = excluded.state, status.since_us, excluded.since_us)",
+                (state, detail, time.time_ns() // 1000),
+            )
+
+    def counters(self) -> dict[str, int]:
+        """Return the running totals."""
+        try:
+            return dict(self._conn.execute("SELECT name, value FROM counter"))
+        except sqlite3.Error as error:
+            raise translated(error, "read the counters", self.path) from error
+
+
+def dead_letters(rows: Sequence[Reading], reason: str, detail: str) -> list[DeadLetter]:
+    """Return a dead letter for each of ``rows``, with the same reason."""
+    return [DeadLetter(row, reason, detail) for row in rows]

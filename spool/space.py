@@ -1,0 +1,95 @@
+"""How much room there is, and the ballast that is given up when there is none."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from spool.connection import WAL_KEPT_BYTES
+from spool.files import BALLAST_FILE
+from spool.writer import SpoolWriter
+
+WARN_AT = 0.80
+"""From this share of SPOOL_MAX_BYTES the operator is warned."""
+
+PRESSURE_AT = 0.90
+"""From this share delivered rows are pruned whatever their retention."""
+
+ROW_OVERHEAD_BYTES = 160
+"""What a row costs beside topic and payload: numbers, names, header, slack of its page."""
+
+BALLAST_MAX_BYTES = 16 * 1024 * 1024
+BALLAST_SHARE = 64
+"""The ballast is at most one part in this many of SPOOL_MAX_BYTES."""
+
+
+class Level(IntEnum):
+    """How full the spool is."""
+
+    GOOD = 0
+    WARN = 1
+    PRESSURE = 2
+    FULL = 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limit ``SPOOL_MAX_BYTES`` and what it means for the next batch."""
+
+    max_bytes: int
+
+    def level(self, writer: SpoolWriter, incoming_bytes: int = 0) -> Level:
+        """Return how full the spool would be with ``incoming_bytes`` more."""
+        # A write-ahead log within its usual size is working room; one that a long reader has
+        # made grow beyond it takes space from the readings.
+        used = writer.used_bytes() + max(0, writer.wal_bytes() - WAL_KEPT_BYTES)
+        # A batch is at most some MB; a small limit must not refuse it for ever for its size.
+        if used + min(incoming_bytes, self.max_bytes // 4) > self.max_bytes:
+            return Level.FULL
+        if used >= PRESSURE_AT * self.max_bytes:
+            return Level.PRESSURE
+        return Level.WARN if used >= WARN_AT * self.max_bytes else Level.GOOD
+
+
+class Ballast:
+    """A file that holds space which the spool can have back on a full disk.
+
+    On a truly full disk SQLite can neither insert, nor delete, nor checkpoint. Giving up the
+    ballast makes the room that pruning needs to begin.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._path = directory / BALLAST_FILE
+        self._bytes = min(BALLAST_MAX_BYTES, max_bytes // BALLAST_SHARE)
+
+    @property
+    def held(self) -> bool:
+        """Whether the file is there in full."""
+        try:
+            return self._path.stat().st_size >= self._bytes
+        except FileNotFoundError:
+            return False
+
+    def take(self) -> bool:
+        """Make the file if the disk has plenty of room; return whether it is held."""
+        if self.held:
+            return True
+        if shutil.disk_usage(self._path.parent).free < 4 * self._bytes:
+            return False
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.posix_fallocate(descriptor, 0, self._bytes)
+        except OSError:
+            # No room after all, or a file system without allocation: go on without.
+            self._path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def release(self) -> bool:
+        """Give the space back; return whether there was any."""
+        held = self._path.exists()
+        self._path.unlink(missing_ok=True)
+        return held

@@ -1,0 +1,318 @@
+"""The collector's side of spool.db: it inserts, counts and deletes; nobody else writes."""
+
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spool.connection import format_version, open_owner
+from spool.errors import NewerFormatError, StorageFaultError, translated
+from spool.files import SIDE_SUFFIXES, spool_path
+from spool.records import READING_COLUMNS, NewReading, Rejection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spool.progress import SinkProgress
+
+SPOOL_FORMAT = 1
+
+REJECTED_KEPT_ROWS = 10_000
+REJECTED_KEPT_BYTES = 32 * 1024 * 1024
+"""The ring of rejected messages: whichever limit is reached first drops the oldest."""
+
+REJECTED_PAYLOAD_BYTES = 64 * 1024
+"""How much of a rejected payload is kept."""
+
+_INSERT_READING = f"INSERT INTO reading_row ({READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
+_INSERT_REJECTED = (
+    "INSERT INTO rejected_row (received_us, reason, detail, topic, payload, payload_bytes, qos, "
+    "retained) VALUES (?,?,?,?,?,?,?,?)"
+)
+_COUNT_REASON = (
+    "INSERT INTO rejected_total (reason, count, first_us, last_us) VALUES (?1, 1, ?2, ?2) "
+    "ON CONFLICT (reason) DO UPDATE SET count = count + 1, last_us = excluded.last_us"
+)
+_ADD_COUNTER = (
+    "INSERT INTO counter (name, value) VALUES (?, ?) "
+    "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+)
+_SET_META = (
+    "INSERT INTO meta (key, value) VALUES (?, ?) "
+    "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+)
+_SET_PROGRESS = (
+    "INSERT OR REPLACE INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
+    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?)"
+)
+
+
+class SpoolWriter:
+    """spool.db, opened by its only writer.
+
+    Every method that changes something returns after the change is on the disk, or raises.
+    After a StorageFaultError the outcome is unknown: close this writer and open a new one
+    before relying on anything.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, path: Path, *, created: bool) -> None:
+        self._conn = conn
+        self.path = path
+        self.created = created
+        """Whether this opening made the file (and its epoch)."""
+        (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+        self._page_bytes = int(page_bytes)
+        meta = dict(conn.execute("SELECT key, value FROM meta"))
+        self.epoch: str = meta["epoch"]
+
+    @classmethod
+    def open(cls, directory: Path) -> "SpoolWriter":
+        """Open the spool in ``directory``; make a new one, with a new epoch, if there is none.
+
+        Raises:
+            StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
+            NewerFormatError: A newer release wrote it.
+        """
+        path = spool_path(directory)
+        conn = open_owner(path)
+        try:
+            version = format_version(conn, path)
+            if version > SPOOL_FORMAT:
+                raise NewerFormatError(
+                    f"{path} has format {version}, this release knows {SPOOL_FORMAT}; install the "
+                    "release that wrote it, or move the file away once it is drained"
+                )
+            if version < SPOOL_FORMAT:
+                _migrate(conn, path)
+            return cls(conn, path, created=version == 0)
+        except sqlite3.Error as error:
+            conn.close()
+            raise translated(error, "open", path) from error
+        except BaseException:
+            conn.close()
+            raise
+
+    def close(self) -> None:
+        """Close without raising; what was committed stays."""
+        try:
+            self._conn.close()
+        except sqlite3.Error:
+            return  # the file is left as after a kill, which every opening can handle
+
+    @contextmanager
+    def _transaction(self, operation: str) -> "Iterator[sqlite3.Connection]":
+        try:
+            # IMMEDIATE: a transaction that reads and then writes could otherwise fail at once.
+            self._conn.execute("BEGIN IMMEDIATE")
+            yield self._conn
+            self._conn.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._roll_back()
+            raise translated(error, operation, self.path) from error
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        try:
+            if self._conn.in_transaction:
+                self._conn.execute("ROLLBACK")
+        except sqlite3.Error:
+            return  # the first error is the one to report; the caller reopens
+
+    def _value(self, sql: str, parameters: Sequence[object] = ()) -> int:
+        try:
+            row = self._conn.execute(sql, parameters).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read", self.path) from error
+        return int(row[0]) if row and row[0] is not None else 0
+
+    def append(
+        self,
+        readings: Sequence[NewReading],
+        rejections: Sequence[Rejection],
+        counts: Mapping[str, int],
+        progress: "Sequence[SinkProgress]" = (),
+        meta: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a batch durable: readings, rejected messages and what they add to the counters.
+
+        Args:
+            readings: In the order received.
+            rejections: Payloads already cut to REJECTED_PAYLOAD_BYTES.
+            counts: Added to the counters of these names, in the same transaction.
+            progress: A new snapshot of the sinks, if there is one; it rides along.
+            meta: What else to remember in the same step.
+        """
+        with self._transaction("append") as conn:
+            if readings:
+                conn.executemany(_INSERT_READING, readings)
+            dropped = _insert_rejections(conn, rejections) if rejections else 0
+            conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
+            if dropped:
+                conn.execute(_ADD_COUNTER, ("rejected_dropped", dropped))
+            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+            if meta:
+                conn.executemany(_SET_META, list(meta.items()))
+
+    def write_progress(self, progress: "Iterable[SinkProgress]") -> None:
+        """Store a snapshot of the sinks' positions."""
+        with self._transaction("store the sinks' progress") as conn:
+            # A sink that is no longer known would stand in the backlog for ever.
+            conn.execute("UPDATE sink_progress SET enabled = 0")
+            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+
+    def _progress_row(self, p: "SinkProgress") -> tuple[object, ...]:
+        position = p.position_in(self.epoch)
+        return (
+            p.sink,
+            int(p.enabled),
+            position,
+            p.delivered,
+            p.dead_lettered,
+            p.dropped,
+            p.state,
+            p.detail,
+            p.as_of_us,
+        )
+
+    def delete_through(self, seq: int, counter: str, *, older_than_us: int | None = None) -> int:
+        """Delete readings up to ``seq`` and add their number to ``counter``; return it.
+
+        Args:
+            seq: The last one to go. The caller knows that nobody needs it any more.
+            counter: ``pruned`` or ``dropped``.
+            older_than_us: If given, only those received before this time.
+        """
+        sql = "DELETE FROM reading_row WHERE seq <= ?"
+        parameters: tuple[int, ...] = (seq,)
+        if older_than_us is not None:
+            # Only a prefix may go, or seq would get holes: stop at the first that is younger.
+            sql += (
+                " AND seq < coalesce((SELECT min(seq) FROM reading_row"
+                " WHERE seq <= ? AND received_us >= ?), ?)"
+            )
+            parameters = (seq, seq, older_than_us, seq + 1)
+        with self._transaction("delete") as conn:
+            deleted = conn.execute(sql, parameters).rowcount
+            if deleted:
+                conn.execute(_ADD_COUNTER, (counter, deleted))
+                if counter == "dropped":
+                    conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
+        return deleted
+
+    def first_seq(self) -> int:
+        """Return the lowest seq in the spool, or one above the highest ever given."""
+        return self._value("SELECT min(seq) FROM reading_row") or self.last_seq() + 1
+
+    def last_seq(self) -> int:
+        """Return the highest seq ever given in this epoch; 0 in a new file."""
+        return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'")
+
+    def received_us(self, seq: int) -> int:
+        """Return when the reading ``seq`` was received; 0 if it is not there."""
+        return self._value("SELECT received_us FROM reading_row WHERE seq = ?", (seq,))
+
+    def counter(self, name: str) -> int:
+        """Return a counter's value; 0 if it was never touched."""
+        return self._value("SELECT value FROM counter WHERE name = ?", (name,))
+
+    def meta(self, key: str) -> str:
+        """Return what ``meta`` holds under ``key``; empty if nothing."""
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read", self.path) from error
+        return str(row[0]) if row else ""
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Store ``value`` under ``key``."""
+        with self._transaction("write meta") as conn:
+            conn.execute(_SET_META, (key, value))
+
+    def tail_event_ids(self, count: int) -> list[bytes]:
+        """Return the ids of the last ``count`` readings, oldest first."""
+        try:
+            rows = self._conn.execute(
+                "SELECT event_id FROM reading_row ORDER BY seq DESC LIMIT ?", (count,)
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise translated(error, "read the last event ids", self.path) from error
+        return [row[0] for row in reversed(rows)]
+
+    def used_bytes(self) -> int:
+        """Return how many bytes of the database hold something (free pages do not count)."""
+        pages = self._value("PRAGMA page_count") - self._value("PRAGMA freelist_count")
+        return pages * self._page_bytes
+
+    def free_bytes(self) -> int:
+        """Return how many bytes of the database file are free for reuse."""
+        return self._value("PRAGMA freelist_count") * self._page_bytes
+
+    def wal_bytes(self) -> int:
+        """Return the size of the write-ahead log."""
+        try:
+            return self.path.with_name(self.path.name + SIDE_SUFFIXES[1]).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def return_space(self, max_bytes: int) -> None:
+        """Hand up to ``max_bytes`` of free pages back to the file system."""
+        try:
+            pages = max(1, max_bytes // self._page_bytes)
+            self._conn.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+        except sqlite3.Error as error:
+            raise translated(error, "return free pages", self.path) from error
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database and cut it, as far as readers allow."""
+        try:
+            self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "checkpoint", self.path) from error
+
+
+def _migrate(conn: sqlite3.Connection, path: Path) -> None:
+    from spool.migrations import migrate, spool_migrations  # noqa: PLC0415 - see that module
+
+    def initialise(conn: sqlite3.Connection) -> None:
+        created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        new = {"epoch": str(uuid.uuid4()), "created_at": created_at, "app_env": ""}
+        for key, value in new.items():
+            conn.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+    try:
+        migrate(conn, spool_migrations, initialise)
+    except OSError as error:
+        raise StorageFaultError(f"migrate {path} failed: {error}") from error
+
+
+def _insert_rejections(conn: sqlite3.Connection, rejections: Sequence[Rejection]) -> int:
+    """Insert into the ring and return how many old ones it dropped."""
+    conn.executemany(_INSERT_REJECTED, rejections)
+    conn.executemany(_COUNT_REASON, [(r[1], r[0]) for r in rejections])
+    added = sum(len(r[4]) for r in rejections)
+    (kept_bytes,) = conn.execute(
+        f"{_ADD_COUNTER} RETURNING value", ("rejected_kept_bytes", added)
+    ).fetchone()
+    first, last = conn.execute("SELECT min(id), max(id) FROM rejected_row").fetchone()
+    keep_from = last - REJECTED_KEPT_ROWS + 1
+    if kept_bytes > REJECTED_KEPT_BYTES:
+        # The running sum from the newest down says where the limit is crossed.
+        (by_bytes,) = conn.execute(
+            "SELECT coalesce(max(id), 0) + 1 FROM (SELECT id, sum(length(payload)) OVER "
+            "(ORDER BY id DESC) AS total FROM rejected_row) WHERE total > ?",
+            (REJECTED_KEPT_BYTES,),
+        ).fetchone()
+        keep_from = max(keep_from, min(by_bytes, last))
+    if keep_from <= first:
+        return 0
+    (freed,) = conn.execute(
+        "SELECT coalesce(sum(length(payload)), 0) FROM rejected_row WHERE id < ?", (keep_from,)
+    ).fetchone()
+    dropped = conn.execute("DELETE FROM rejected_row WHERE id < ?", (keep_from,)).rowcount
+    conn.execute(_ADD_COUNTER, ("rejected_kept_bytes", -freed))
+    return dropped
