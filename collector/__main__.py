@@ -47,11 +47,13 @@ def _body(settings: Settings, stop: StopRequest) -> None:
         SinkFile(settings.spool_dir, sink, enabled=sink in settings.enabled_sinks) for sink in SINKS
     ]
     writer, salvage = _open_spool(settings, sinks)
-    claim_environment(writer, settings.app_env, [sink.read() for sink in sinks])
-    warn_of_small_disk(writer, settings.spool_max_bytes)
     try:
+        claim_environment(writer, settings.app_env, [sink.read() for sink in sinks])
+        warn_of_small_disk(writer, settings.spool_max_bytes)
         _collect(settings, stop, writer, salvage, sinks)
-    except CorruptFileError:
+    except CorruptFileError as error:
+        if error.path != writer.path:
+            raise
         # Move it now, while we know; the restart makes a new one and salvages this one.
         writer.close()
         _tell_set_aside(set_aside(spool_path(settings.spool_dir)))

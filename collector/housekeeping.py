@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lifecycle import fields
 from spool import (
+    SPOOL_DAMAGED,
     Ballast,
     Budget,
     Level,
@@ -86,6 +87,10 @@ class Housekeeping:
         now = self._clock()
         if now - self._read_at >= PROGRESS_INTERVAL_S:
             self._read_progress(now)
+            for sink in self._progress:
+                # Only its owner may set a damaged spool aside, and the owner seldom reads.
+                if sink.enabled and sink.state == SPOOL_DAMAGED:
+                    writer.check_readable(sink.position_in(writer.epoch))
         if progress := self.progress_if_due():
             writer.write_progress(progress)
         level = self.level(writer)

@@ -5,6 +5,7 @@ are delivered, dead, or found missing. What the sink wants tried again is tried 
 rows in the same order, before anything later is read.
 """
 
+import contextlib
 import logging
 import random
 import time
@@ -16,15 +17,20 @@ from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.sink import Delivery, Fault, FaultKind, Sink
 from lifecycle import StopRequest, Watchdog, fields
 from spool import (
+    SPOOL_DAMAGED,
+    CorruptFileError,
     DeadLetter,
+    DiskFullError,
     FileMissingError,
     Gap,
     Reading,
     Settlement,
     SinkState,
+    SpoolError,
     SpoolReader,
     intact,
     refuse_backlog,
+    spool_path,
 )
 
 log = logging.getLogger("forwarder")
@@ -38,6 +44,8 @@ BUSY_FOR_S = 1.0
 
 SPOOL_CHECK_S = 1.0
 """How often to look whether the spool was replaced by a new one, or has appeared."""
+
+DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
 
@@ -122,6 +130,7 @@ class Drain:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
+        self._spool_path = spool_path(directory)
         self._sink = sink
         self._state = state
         self._app_env = app_env
@@ -141,6 +150,19 @@ class Drain:
         Raises:
             SpoolError: The spool or the sink's file cannot be used.
         """
+        try:
+            self._loop()
+        except SpoolError as error:
+            # The file says why it stands still, also to who does not read logs.
+            damaged = isinstance(error, CorruptFileError) and error.path == self._spool_path
+            with contextlib.suppress(SpoolError):
+                self._set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
+            raise
+        self._set_status("stopped", self._stop.reason)
+        if self._reader is not None:
+            self._reader.close()
+
+    def _loop(self) -> None:
         self._set_status("delivering", "")
         last_row_at = float("-inf")
         checked_at = float("-inf")
@@ -158,9 +180,6 @@ class Drain:
                 last_row_at = self._clock()
             busy = self._clock() - last_row_at < BUSY_FOR_S
             self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
-        self._set_status("stopped", self._stop.reason)
-        if self._reader is not None:
-            self._reader.close()
 
     def _check_spool(self) -> None:
         """Open the spool once it is there, and again when another took its place."""
@@ -183,7 +202,21 @@ class Drain:
             )
         self._position = self._state.position(reader.epoch)
         reader.check_position(self._position)
+        self._skip_other_environment(reader)
         log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
+
+    def _skip_other_environment(self, reader: SpoolReader) -> None:
+        """Pass over what is kept of another APP_ENV.
+
+        It was delivered there, or its environment could not have been changed; a cursor that
+        was lost since must not bring it here.
+        """
+        first = reader.environment_from()
+        if self._position < first:
+            gap = Gap(self._position + 1, first, "taken and delivered under another APP_ENV")
+            self._note_gaps([gap])
+            self._settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
+            self._position = first
 
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
@@ -210,7 +243,7 @@ class Drain:
         if self._position < last and not reader.read_after(self._position, 1, 1):
             gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
             self._note_gaps([gap])
-            self._state.settle(Settlement(reader.epoch, last, gaps=[gap]))
+            self._settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
             self._position = last
 
     def _check_environment(self, reader: SpoolReader, rows: Sequence[Reading]) -> None:
@@ -254,8 +287,23 @@ class Drain:
 
     def _settle(self, reader: SpoolReader, batch: _Batch, before_seq: int) -> None:
         if before_seq - 1 > batch.settled_seq:
-            self._state.settle(batch.settle_before(before_seq, reader.epoch))
+            self._settle_durably(batch.settle_before(before_seq, reader.epoch))
             self._position = batch.settled_seq
+
+    def _settle_durably(self, settlement: Settlement) -> None:
+        """Move the cursor; on a full disk wait for room rather than deliver all again."""
+        while True:
+            try:
+                self._state.settle(settlement)
+            except DiskFullError as error:
+                log.critical("cannot note what was delivered, waiting for room: %s", error)
+                self._watchdog.beat(LOOP)
+                if self._stop.wait(DISK_FULL_RETRY_S):
+                    raise
+                if self._state.position(settlement.epoch) == settlement.seq:
+                    return  # the commit that failed did take place
+            else:
+                return
 
     def _wait_after(self, fault: Fault | None, failures: int, waiting: int) -> bool:
         """Say what is wrong and wait; return whether to stop."""

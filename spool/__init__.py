@@ -49,7 +49,7 @@ from spool.errors import (
 )
 from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
-from spool.progress import SinkFile, SinkProgress
+from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import NewReading, Reading, Rejection, event_id, intact, row_crc
 from spool.recovery import Salvage, set_aside
@@ -61,6 +61,7 @@ from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter
 __all__ = [
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
+    "SPOOL_DAMAGED",
     "Ballast",
     "Budget",
     "CorruptFileError",

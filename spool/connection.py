@@ -111,5 +111,5 @@ def format_version(conn: sqlite3.Connection, path: Path) -> int:
     except sqlite3.Error as error:
         raise translated(error, "read the format", path) from error
     if objects and application != APPLICATION_ID:
-        raise CorruptFileError(f"{path} is a database, but not one of Sluice's")
+        raise CorruptFileError(f"{path} is a database, but not one of Sluice's", path)
     return int(version) if objects else 0

@@ -17,7 +17,15 @@ class DiskFullError(StorageFaultError):
 
 
 class CorruptFileError(StorageFaultError):
-    """The file is no healthy database of ours (SQLITE_CORRUPT, SQLITE_NOTADB)."""
+    """The file is no healthy database of ours (SQLITE_CORRUPT, SQLITE_NOTADB).
+
+    Attributes:
+        path: Which file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class FileMissingError(SpoolError):
@@ -53,7 +61,7 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     primary = code & 0xFF if code is not None else None
     what = f"{operation} on {path} failed: {error} ({name})"
     if primary in _CORRUPT:
-        return CorruptFileError(f"{what}; the file is damaged or not ours")
+        return CorruptFileError(f"{what}; the file is damaged or not ours", path)
     if primary == sqlite3.SQLITE_FULL:
         return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
     return StorageFaultError(

@@ -23,6 +23,7 @@ def claim_environment(writer: SpoolWriter, app_env: str, sinks: Sequence[SinkPro
             {p.sink: pending(writer, p) for p in sinks if p.enabled},
             str(writer.path),
         )
+        writer.set_meta("app_env_from_seq", str(writer.last_seq()))
     writer.set_meta("app_env", app_env)
 
 

@@ -9,6 +9,9 @@ from spool.connection import open_reader
 from spool.errors import SpoolError
 from spool.files import sink_path
 
+SPOOL_DAMAGED = "spool damaged"
+"""The state of a forwarder that could not read the spool: asks the collector to look."""
+
 
 @dataclass(frozen=True, slots=True)
 class SinkProgress:

@@ -84,6 +84,10 @@ class SpoolReader:
         """Return the ``APP_ENV`` under which the spool is filled; empty if never."""
         return self._meta("app_env")
 
+    def environment_from(self) -> int:
+        """Return the last seq that was taken under another ``APP_ENV`` than now; 0 if none."""
+        return int(self._meta("app_env_from_seq") or 0)
+
     def dropped_through(self) -> int:
         """Return the highest seq that SPOOL_FULL_POLICY=drop-oldest has deleted; 0 if none."""
         return int(self._meta("dropped_through_seq") or 0)

@@ -24,6 +24,9 @@ REJECTED_KEPT_ROWS = 10_000
 REJECTED_KEPT_BYTES = 32 * 1024 * 1024
 """The ring of rejected messages: whichever limit is reached first drops the oldest."""
 
+CHECK_ROWS = 20_000
+"""More than any sink reads at once."""
+
 REJECTED_PAYLOAD_BYTES = 64 * 1024
 """How much of a rejected payload is kept."""
 
@@ -242,6 +245,18 @@ class SpoolWriter:
         except sqlite3.Error as error:
             raise translated(error, "read the last event ids", self.path) from error
         return [row[0] for row in reversed(rows)]
+
+    def check_readable(self, after_seq: int) -> None:
+        """Read what a forwarder that stands at ``after_seq`` would read next.
+
+        Raises:
+            CorruptFileError: It cannot be read; so the file is damaged, and not that process.
+        """
+        self._value(
+            "SELECT sum(length(hex(payload)) + length(topic)) FROM (SELECT payload, topic FROM "
+            "reading_row WHERE seq > ? ORDER BY seq LIMIT ?)",
+            (after_seq, CHECK_ROWS),
+        )
 
     def used_bytes(self) -> int:
         """Return how many bytes of the database hold something (free pages do not count)."""
