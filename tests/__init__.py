@@ -1,0 +1,1 @@
+"""Tests of Sluice, named after what they claim."""
