@@ -74,20 +74,24 @@ def _open_spool(
     if not writer.created:
         position = writer.meta(SALVAGE_KEY)
         return writer, Salvage.resumed(position) if position else None
-    damaged = sorted(directory.glob(f"{spool_path(directory).name}.damaged-*Z*"))
+    # By time of damage: the second one of a second has "-2" at its end.
+    damaged = sorted(
+        path
+        for path in directory.glob(f"{spool_path(directory).name}.damaged-*Z*")
+        if not path.name.endswith(("-wal", "-shm"))
+    )
     seen = [sink.read() for sink in sinks]
-    known = {p.epoch for p in seen if p.epoch}
     if not damaged:
-        if known:
+        if any(p.epoch for p in seen):
             log.critical(
                 "spool.db was not there, although forwarders have worked on one: a new one is "
                 "begun. If it was moved away, its undelivered readings are still in it"
             )
         return writer, None
-    newest = next(p for p in reversed(damaged) if not p.name.endswith(("-wal", "-shm")))
-    # Cursors of one epoch only say how far the sinks were in the damaged file.
-    after = min((p.seq for p in seen if p.enabled), default=0) if len(known) == 1 else 0
-    salvage = Salvage(newest, after)
+    salvage = Salvage(damaged[-1], 0)
+    # A cursor of another epoch says nothing about this file.
+    epoch = salvage.epoch
+    salvage.skip_to(min((p.position_in(epoch) for p in seen if p.enabled), default=0))
     writer.set_meta(SALVAGE_KEY, salvage.position())
     return writer, salvage
 

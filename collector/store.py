@@ -259,9 +259,13 @@ class Store:
 
     def _forget_durable(self, group: _Group) -> None:
         """Take out of ``group`` what the failed commit did store after all."""
+        # All of the group, even where DEDUP_WINDOW is smaller or 0.
+        stored = set(self._writer.tail_event_ids(len(group.readings)))
         window = DedupWindow(self._window_size, self._writer.tail_event_ids(self._window_size))
         before = len(group.readings)
-        group.readings = [row for row in group.readings if window.add(row[0])]
+        group.readings = [row for row in group.readings if row[0] not in stored]
+        for row in group.readings:
+            window.add(row[0])
         group.counts["spooled"] -= before - len(group.readings)
         group.counts["duplicates"] += before - len(group.readings)
         self._window = window

@@ -12,7 +12,12 @@ from spool import REJECTED_PAYLOAD_BYTES, NewReading, Rejection, row_crc
 
 TOPIC_LEVELS = 5
 TOPIC_CACHE_ENTRIES = 10_000
+TOPIC_CACHED_MAX_BYTES = 512
 """A few thousand tags are usual; a flood of invented topics must not fill the memory."""
+
+REJECTED_TEXT_CHARS = 1_000
+"""How much of a topic or of a name from the payload a rejection keeps: MQTT allows topics of
+64 KiB, and ten thousand of them must not fill the disk."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MIN_US = -62_135_596_800_000_000
@@ -164,7 +169,8 @@ class Validator:
             known = _parse_topic(raw)
             if len(self._topics) >= TOPIC_CACHE_ENTRIES:
                 self._topics.clear()
-            self._topics[raw] = known
+            if len(raw) <= TOPIC_CACHED_MAX_BYTES:
+                self._topics[raw] = known
         return known
 
     def _decoded(self, payload: bytes) -> _Payload | _NumericPayload:
@@ -260,8 +266,8 @@ def _rejection(message: Message, received_us: int, reason: str, detail: str) -> 
     return (
         received_us,
         reason,
-        detail,
-        message.topic.decode("utf-8", "backslashreplace"),
+        detail[:REJECTED_TEXT_CHARS],
+        message.topic.decode("utf-8", "backslashreplace")[:REJECTED_TEXT_CHARS],
         message.payload[:REJECTED_PAYLOAD_BYTES],
         message.size,
         message.qos,

@@ -48,9 +48,15 @@ PARALLEL_REQUESTS = 4
 BATCH_MAX_ROWS = REQUEST_MAX_ROWS * PARALLEL_REQUESTS
 BATCH_MAX_BYTES = 4 * 1024 * 1024
 DEADLINE_S = 20.0
+GIVE_BACK_AFTER_S = 60.0
+"""A delivery that looks for guilty rows for longer than this hands the rest back, so that what
+it found is settled before the watchdog takes the search for a hang."""
+
 NEW_TABLE_SETTLES_S = 600.0
 """A table that was just created may answer notFound for some minutes."""
 
+
+_NAMES_REMEDY = "check GCP_PROJECT_ID, BIGQUERY_DATASET and BIGQUERY_TABLE"
 
 NO_RETRY: Any = None
 """Retrying is the drain loop's; the client's own would hide an outage from the operator."""
@@ -83,6 +89,7 @@ class InsertAllSink:
         self._client: bigquery.Client | None = None
         self._columns: Sequence[Column] = ()
         self._created_at = float("-inf")
+        self._give_back_at = float("inf")
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
 
     def close(self) -> None:
@@ -98,9 +105,13 @@ class InsertAllSink:
             client = self._connected()
             if not self._columns:
                 self._columns = self._read_columns(client)
+            # One set for the whole delivery: a request that runs beside others must judge
+            # its answer by the columns it sent, and never send none.
+            columns = self._columns
+            self._give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         except _FaultError as error:
             return Delivery(retry=list(rows), fault=error.fault)
-        parts = self._pool.map(lambda chunk: self._insert(client, chunk), _chunks(rows))
+        parts = self._pool.map(lambda chunk: self._insert(client, columns, chunk), _chunks(rows))
         delivery = Delivery()
         for part in parts:
             delivery.retry += part.retry
@@ -137,7 +148,18 @@ class InsertAllSink:
             missing = getattr(error, "code", None) == 404  # noqa: PLR2004 - HTTP's number
             if blame is Blame.OPERATOR and missing and self._settings.bigquery_create_table:
                 return self._create(client)
+            if blame is Blame.ROWS:
+                # There are no rows in this request: a name in the settings is wrong.
+                fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
             raise _FaultError(fault) from error
+        if table.table_type not in {None, "TABLE"}:
+            raise _FaultError(
+                Fault(
+                    FaultKind.HOLD,
+                    f"{self._table} is a {table.table_type}, which takes no rows",
+                    "set BIGQUERY_TABLE to a table",
+                )
+            )
         existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
         columns = match(self._table, existing)
         if isinstance(columns, Fault):
@@ -164,16 +186,23 @@ class InsertAllSink:
         except Conflict:
             return self._read_columns(client)  # somebody else made it just now
         except Exception as error:
-            raise _FaultError(self._judge(error)[1]) from error
+            blame, fault = self._judge(error)
+            if blame is Blame.ROWS:
+                fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
+            raise _FaultError(fault) from error
         log.info("created the table", extra={"fields": {"table": self._table}})
         self._created_at = time.monotonic()
         return COLUMNS
 
-    def _insert(self, client: bigquery.Client, rows: list[Reading]) -> Delivery:
+    def _insert(
+        self, client: bigquery.Client, columns: Sequence[Column], rows: list[Reading]
+    ) -> Delivery:
         """Insert one request's rows, again without those that are refused, to the end."""
         dead: list[DeadLetter] = []
         while rows:
-            columns = self._columns
+            if time.monotonic() >= self._give_back_at:
+                fault = Fault(FaultKind.TRANSIENT, f"insert into {self._table}: not finished yet")
+                return Delivery(retry=rows, dead=dead, fault=fault)
             source = self._settings.instance_id
             try:
                 errors = client.insert_rows_json(
@@ -184,10 +213,10 @@ class InsertAllSink:
                     timeout=DEADLINE_S,
                 )
             except Exception as error:  # noqa: BLE001 - judged; what is not the service's is raised again
-                return self._refused(client, rows, dead, error)
+                return self._refused(client, columns, rows, dead, error)
             if not errors:
                 return Delivery(dead=dead)
-            outcome = self._judge_rows(client, rows, errors)
+            outcome = self._judge_rows(client, columns, rows, errors)
             dead += outcome.dead
             if outcome.fault is not None:
                 return Delivery(retry=outcome.retry, dead=dead, fault=outcome.fault)
@@ -195,7 +224,11 @@ class InsertAllSink:
         return Delivery(dead=dead)
 
     def _judge_rows(
-        self, client: bigquery.Client, rows: list[Reading], errors: Sequence[dict[str, object]]
+        self,
+        client: bigquery.Client,
+        columns: Sequence[Column],
+        rows: list[Reading],
+        errors: Sequence[dict[str, object]],
     ) -> Delivery:
         """Judge the errors of an HTTP 200: guilty, stopped by others' guilt, or transient.
 
@@ -205,11 +238,16 @@ class InsertAllSink:
         for entry in errors:
             index = entry.get("index")
             causes = entry.get("errors")
-            if isinstance(index, int) and isinstance(causes, list) and causes:
-                # The first cause that is not "stopped" is the row's own.
-                cause = next((c for c in causes if c.get("reason") != "stopped"), causes[0])
-                where = f" (column {cause['location']})" if cause.get("location") else ""
-                refused[index] = (str(cause.get("reason")), f"{cause.get('message')}{where}")
+            if not (isinstance(index, int) and isinstance(causes, list) and causes):
+                # Some row was refused; taking any of them for inserted could lose it.
+                fault = Fault(
+                    FaultKind.TRANSIENT, f"insert into {self._table}: an error without row or cause"
+                )
+                return Delivery(retry=rows, fault=fault)
+            # The first cause that is not "stopped" is the row's own.
+            cause = next((c for c in causes if c.get("reason") != "stopped"), causes[0])
+            where = f" (column {cause['location']})" if cause.get("location") else ""
+            refused[index] = (str(cause.get("reason")), f"{cause.get('message')}{where}")
         outcome = Delivery()
         for index, row in enumerate(rows):
             reason, detail = refused.get(index, ("", ""))
@@ -224,7 +262,7 @@ class InsertAllSink:
                 )
             else:
                 outcome.dead.append(DeadLetter(row, reason, detail))
-        if outcome.dead and self._schema_changed(client):
+        if outcome.dead and self._schema_changed(client, columns):
             # Not the rows: the table is another one now. All of them again.
             refused_rows = [row for index, row in enumerate(rows) if index in refused]
             return Delivery(
@@ -237,20 +275,20 @@ class InsertAllSink:
             )
         return outcome
 
-    def _schema_changed(self, client: bigquery.Client) -> bool:
-        """Return whether the table no longer has the columns that we write."""
+    def _schema_changed(self, client: bigquery.Client, columns: Sequence[Column]) -> bool:
+        """Return whether the table no longer has the columns that were written."""
         try:
             now = self._read_columns(client)
         except _FaultError:
             self._columns = ()  # the next delivery reads it again and reports what is wrong
             return True
-        changed = [c.name for c in now] != [c.name for c in self._columns]
         self._columns = now
-        return changed
+        return [c.name for c in now] != [c.name for c in columns]
 
     def _refused(
         self,
         client: bigquery.Client,
+        columns: Sequence[Column],
         rows: list[Reading],
         dead: list[DeadLetter],
         error: Exception,
@@ -265,8 +303,8 @@ class InsertAllSink:
             dead.append(DeadLetter(rows[0], "invalid", fault.problem))
             return Delivery(dead=dead)
         half = len(rows) // 2
-        left = self._insert(client, rows[:half])
-        right = self._insert(client, rows[half:])
+        left = self._insert(client, columns, rows[:half])
+        right = self._insert(client, columns, rows[half:])
         return Delivery(
             retry=left.retry + right.retry,
             dead=dead + left.dead + right.dead,

@@ -29,6 +29,7 @@ from spool import (
     SpoolError,
     SpoolReader,
     intact,
+    presentable,
     refuse_backlog,
     spool_path,
 )
@@ -264,7 +265,11 @@ class Drain:
                 todo.append(row)
             else:
                 batch.dead.append(
-                    DeadLetter(row, "corrupt_row", "the row's checksum is wrong: its bits changed")
+                    DeadLetter(
+                        presentable(row),
+                        "corrupt_row",
+                        "the row's checksum is wrong: its bits changed",
+                    )
                 )
         self._log_dead(batch.dead)
         failures = 0

@@ -11,6 +11,7 @@ ordering key and an attribute's value.
 
 import logging
 import queue
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ REQUEST_MAX_BYTES = 9_000_000
 KEY_MAX_BYTES = 1_024
 ATTRIBUTE_MAX_BYTES = 1_024
 DEADLINE_S = 20.0
+GIVE_BACK_AFTER_S = 60.0
+"""A delivery that looks for guilty rows for longer than this hands the rest back, so that what
+it found is settled before the watchdog takes the search for a hang."""
+
 BATCH_MAX_ROWS = 8_000
 BATCH_MAX_BYTES = 8 * 1024 * 1024
 
@@ -161,12 +166,16 @@ class PubSubSink:
     def _run(self, lanes: list[_Lane], delivery: Delivery) -> None:
         """Send all lanes to their end: per lane one request at a time, all lanes at once."""
         ended: queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]] = queue.SimpleQueue()
+        give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         in_flight = sum(self._send_next(lane, ended) for lane in lanes)
         while in_flight:
             # Bounded by the deadline of each call.
             future, lane, sent = ended.get()
             in_flight -= 1
             self._judge(future, lane, sent, delivery)
+            if lane.waiting and time.monotonic() >= give_back_at:
+                fault = Fault(FaultKind.TRANSIENT, f"publish to {self._topic}: not finished yet")
+                self._give_back(lane, delivery, fault)
             in_flight += self._send_next(lane, ended)
 
     def _send_next(
@@ -223,13 +232,16 @@ class PubSubSink:
             # The service names no message: halve until the guilty one stands alone.
             _split(lane, sent)
         else:
-            delivery.retry += sent
-            for rows in lane.waiting:
-                delivery.retry += rows
-            lane.waiting.clear()
-            fault = self._fault(code, details, blame)
-            if delivery.fault is None or fault.kind is FaultKind.HOLD:
-                delivery.fault = fault
+            lane.waiting.appendleft(sent)
+            self._give_back(lane, delivery, self._fault(code, details, blame))
+
+    def _give_back(self, lane: _Lane, delivery: Delivery, fault: Fault) -> None:
+        """End the lane: what it has not delivered is to be tried again."""
+        for rows in lane.waiting:
+            delivery.retry += rows
+        lane.waiting.clear()
+        if delivery.fault is None or fault.kind is FaultKind.HOLD:
+            delivery.fault = fault
 
     def _fault(self, code: str, details: str, blame: Blame) -> Fault:
         credentials = credential_fault(details) if code == "UNAVAILABLE" else None

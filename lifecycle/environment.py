@@ -5,10 +5,11 @@ supervisord cannot read environment files, so each program reads the one that
 without editing the file.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 ENV_FILE_VARIABLE = "SLUICE_ENV_FILE"
 
@@ -24,23 +25,31 @@ def merged_environment(environ: Mapping[str, str]) -> dict[str, str]:
         environ: The process's own variables; they win over the file's.
 
     Raises:
-        EnvironmentFileError: The file is named but missing, unreadable or not UTF-8.
+        EnvironmentFileError: The file is named but missing, unreadable, not UTF-8, or not
+            made of KEY=value lines.
     """
     merged = dict(environ)
     path = environ.get(ENV_FILE_VARIABLE, "")
     if not path:
         return merged
     try:
-        with Path(path).open(encoding="utf-8") as stream:
-            # interpolate=False: a "$" in a value is a "$", as systemd and docker have it.
-            values = dotenv_values(stream=stream, interpolate=False)
+        # utf-8-sig: some editors put a mark before the first variable, and would hide it.
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise EnvironmentFileError(
             f"{ENV_FILE_VARIABLE}: cannot read {path}: {reason}; expected a readable file of "
             f"KEY=value lines (check: ls -l {path}; the group sluice must be able to read it)"
         ) from error
-    for name, value in values.items():
-        if value is not None:
-            merged.setdefault(name, value)
-    return merged
+    # A "$" in a value is a "$", as systemd and docker have it: nothing is interpolated.
+    values: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(text)):
+        # A quote that is not closed would swallow the variables behind it without a word.
+        if binding.error or "\0" in binding.original.string:
+            raise EnvironmentFileError(
+                f"{ENV_FILE_VARIABLE}: {path}, line {binding.original.line}, cannot be understood; "
+                "expected KEY=value (is a quote not closed?)"
+            )
+        if binding.key is not None and binding.value is not None:
+            values[binding.key] = binding.value
+    return values | merged

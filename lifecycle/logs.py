@@ -4,6 +4,7 @@ Topics and payloads come from the network, so no byte of theirs may reach a term
 log file as a control character: JSON is written in ASCII only, text is escaped.
 """
 
+import io
 import json
 import logging
 import sys
@@ -55,7 +56,11 @@ class JsonFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        try:
+            return json.dumps(line, default=str, allow_nan=False)
+        except (TypeError, ValueError):
+            # NaN is no JSON, and neither is a key that is no text: all as text, none lost.
+            return json.dumps({key: str(value) for key, value in line.items()})
 
 
 class TextFormatter(logging.Formatter):
@@ -84,6 +89,9 @@ def configure_logging(
 ) -> None:
     """Send all log records to ``stream`` (standard output) in the given form."""
     handler = logging.StreamHandler(stream or sys.stdout)
+    if isinstance(handler.stream, io.TextIOWrapper):
+        # Where the locale is not UTF-8, a line is escaped rather than lost.
+        handler.stream.reconfigure(errors="backslashreplace")
     handler.setFormatter(JsonFormatter(role) if form == "json" else TextFormatter(role))
     # A supervisor that was killed leaves a broken pipe behind; that must not end the program.
     logging.raiseExceptions = False

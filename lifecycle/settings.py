@@ -23,13 +23,16 @@ _SHOWN_VALUE_CHARS = 80
 SPOOL_MAX_BYTES_FLOOR = 256 * KIB
 """Below this the empty database and its write-ahead log do not fit."""
 
+TOPIC_FILTER_MAX_BYTES = 65_535
+"""A string of MQTT has two bytes for its length (3.1.1, section 1.5.3)."""
+
 AppEnv = Literal["LOCAL", "DEV", "PPRD", "PRD"]
 TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
 Topic = Annotated[
-    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?[A-Za-z][A-Za-z0-9._~+%-]{0,254}$")
+    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
 ]
 Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}$")]
 Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}$")]
@@ -60,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mqtt_broker: Annotated[str, Meta(pattern=r"^[^\s/]+$")] = "localhost"
     mqtt_port: Port = 1883
     mqtt_topic: tuple[str, ...] = ("FCTS/FAE/+/SolvExtract/+",)
-    mqtt_client_id: Annotated[str, Meta(min_length=1, max_length=200)] = ""
+    mqtt_client_id: Annotated[str, Meta(min_length=1, max_length=240)] = ""
     mqtt_username: str = ""
     mqtt_password_file: Path | None = None
     mqtt_tls_ca_file: Path | None = None
@@ -100,11 +103,11 @@ _EXPECTED = {
     "gcp_project_id": "a Google Cloud project id, such as my-project-123",
     "bigquery_dataset": "a dataset id: letters, digits and underscores",
     "bigquery_table": "a table id, without project and dataset",
-    "pubsub_topic": "a topic id, or projects/PROJECT/topics/TOPIC",
+    "pubsub_topic": "a topic id of at least 3 characters, or projects/PROJECT/topics/TOPIC",
     "mqtt_broker": "a host name or address",
     "mqtt_port": "a port number from 1 to 65535",
     "mqtt_topic": "MQTT topic filters, separated by commas",
-    "mqtt_client_id": "a text of 1 to 200 characters",
+    "mqtt_client_id": "a text of 1 to 240 characters",
     "instance_id": "letters, digits, '.', '_' and '-', at most 200, beginning with one of the "
     "first two",
     "spool_dir": "an absolute path",
@@ -173,11 +176,13 @@ def _custom(wanted: type, value: object) -> object:
 
 
 def _instance_id(host_name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", host_name).lstrip("._-") or "sluice"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", host_name).lstrip("._-")[:200] or "sluice"
 
 
 def _convert(field: str, raw: str, hint: object) -> object:
     """Return the value of one variable. Raises ValueError (msgspec's own included)."""
+    # Linux hands over any bytes; ours go to the broker, to logs and to the services as UTF-8.
+    raw.encode()
     value: object = raw
     if field in {"mqtt_topic", "timestamp_formats"}:
         value = tuple(part.strip() for part in raw.split(","))
@@ -220,6 +225,8 @@ def _check_topic_filters(filters: tuple[str, ...]) -> None:
         levels = topic_filter.split("/")
         if not topic_filter or "\0" in topic_filter:
             raise ValueError("an empty topic filter")
+        if len(topic_filter.encode()) > TOPIC_FILTER_MAX_BYTES:
+            raise ValueError("a topic filter of more than 65535 bytes")
         if levels[0] == "$share":
             raise ValueError(
                 f"{topic_filter!r} is a shared subscription, which loses the order and a dead "

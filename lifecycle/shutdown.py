@@ -22,6 +22,7 @@ class StopRequest:
     def __init__(self, *, supervised: bool = False) -> None:
         self._requested = False
         self._reason = ""
+        self._from_outside = False
         self._parent = os.getppid() if supervised else 0
         self._receiver, self._sender = socket.socketpair()
         self._receiver.settimeout(0)
@@ -33,6 +34,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._from_outside = True
         self.request(signal.Signals(number).name)
 
     def request(self, reason: str) -> None:
@@ -53,8 +55,14 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether the process should end."""
         if self._parent and os.getppid() != self._parent and not self._requested:
+            self._from_outside = True
             self.request("the supervisor is gone")
         return self._requested
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether a signal, or the supervisor's end, asked for it, and not this program."""
+        return self.requested and self._from_outside
 
     @property
     def reason(self) -> str:
@@ -76,6 +84,11 @@ class StopRequest:
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a wake-up or for ``timeout_s``; return whether to stop."""
         if not self.requested and timeout_s > 0:
-            select.select([self._receiver], [], [], timeout_s)
+            self.sleep(timeout_s)
         self.drain()
         return self.requested
+
+    def sleep(self, timeout_s: float) -> None:
+        """Sleep until a wake-up or for ``timeout_s``, even where the stop was asked for."""
+        select.select([self._receiver], [], [], timeout_s)
+        self.drain()

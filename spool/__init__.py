@@ -51,7 +51,15 @@ from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
 from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
-from spool.records import NewReading, Reading, Rejection, event_id, intact, row_crc
+from spool.records import (
+    NewReading,
+    Reading,
+    Rejection,
+    event_id,
+    intact,
+    presentable,
+    row_crc,
+)
 from spool.recovery import Salvage, set_aside
 from spool.retention import Retention
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
@@ -90,6 +98,7 @@ __all__ = [
     "event_id",
     "intact",
     "pending",
+    "presentable",
     "refuse_backlog",
     "row_crc",
     "set_aside",

@@ -62,11 +62,15 @@ def _configure_owner(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA cache_size=-2048")
 
 
-def open_reader(path: Path) -> sqlite3.Connection:
+def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
     """Open ``path`` read-only, as everybody but its owner does.
 
     Never ``immutable=1``: that promises that nobody writes, and gives wrong answers when
     somebody does.
+
+    Args:
+        path: The database.
+        damaged: Whether to go as far as possible where the file is known to be damaged.
 
     Raises:
         FileMissingError: There is no such file, or it is still empty.
@@ -90,6 +94,10 @@ def open_reader(path: Path) -> sqlite3.Connection:
         raise translated(sqlite3.OperationalError(str(error)), "open", path) from error
     try:
         conn.execute("PRAGMA query_only=ON")
+        if damaged:
+            # Of no use to a reader but for this: a file that is shorter than its header says
+            # is then read as far as it goes (lockBtree in SQLite's btree.c).
+            conn.execute("PRAGMA writable_schema=ON")
         conn.execute("PRAGMA cache_size=-2048")
         conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     except sqlite3.Error as error:

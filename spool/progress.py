@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spool.connection import open_reader
-from spool.errors import SpoolError
+from spool.errors import FileMissingError, SpoolError
 from spool.files import sink_path
 
 SPOOL_DAMAGED = "spool damaged"
@@ -75,7 +75,8 @@ class SinkFile:
             status = conn.execute("SELECT state, detail FROM status").fetchone()
         except (SpoolError, sqlite3.Error, OSError) as error:
             self.close()
-            state = "no file" if not self._path.exists() else "unreadable"
+            missing = isinstance(error, FileMissingError | FileNotFoundError)
+            state = "no file" if missing else "unreadable"
             return SinkProgress(
                 self._sink, self._enabled, state=state, detail=str(error), as_of_us=now_us
             )

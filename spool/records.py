@@ -6,7 +6,7 @@ an object per row would cost more than the work done on it.
 
 import struct
 from hashlib import blake2b
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from zlib import crc32
 
 NewReading: TypeAlias = tuple[bytes, int, int, str, str, str, float, str, bytes, int]
@@ -22,10 +22,12 @@ READING_COLUMNS = (
     "event_id, received_us, timestamp_us, site_code, sensor_id, pi_tag, value, topic, payload, crc"
 )
 SEQ, EVENT_ID, RECEIVED_US, TIMESTAMP_US, SITE_CODE = range(5)
-PAYLOAD = 9
+TOPIC, PAYLOAD = 8, 9
 
 EVENT_ID_BYTES = 16
 _NUMBERS = struct.Struct("<qqd")
+_INTEGER_BOUND = 2**63
+"""SQLite's integers are below this."""
 
 
 def event_id(topic: bytes, payload: bytes) -> bytes:
@@ -46,12 +48,41 @@ def row_crc(identity: bytes, numbers: tuple[int, int, float], names: str, payloa
         names: site_code, sensor_id, pi_tag and topic, one after the other.
         payload: As received.
     """
-    packed = _NUMBERS.pack(*numbers)
+    received_us, timestamp_us, value = numbers
+    # SQLite stores -0.0 as 0.0; adding 0.0 does the same here and nothing to other values.
+    packed = _NUMBERS.pack(received_us, timestamp_us, value + 0.0)
     return crc32(payload, crc32(packed + identity + names.encode("utf-8", "surrogatepass")))
 
 
 def intact(row: Reading) -> bool:
     """Return whether the row's content still has its checksum."""
     _, identity, received_us, timestamp_us, site, sensor, tag, value, topic, payload, crc = row
-    names = site + sensor + tag + topic
-    return row_crc(identity, (received_us, timestamp_us, value), names, payload) == crc
+    try:
+        names = site + sensor + tag + topic
+        return row_crc(identity, (received_us, timestamp_us, value), names, payload) == crc
+    except (TypeError, ValueError, struct.error):
+        return False  # a flipped bit of the row's header changes a column's type
+
+
+def presentable(row: Reading) -> Reading:
+    """Return a damaged row with every column in its type again, so that it can be kept."""
+    seq, *columns = row
+    kinds = (bytes, int, int, str, str, str, float, str, bytes, int)
+    return (seq, *(_forced(kind, value) for kind, value in zip(kinds, columns, strict=True)))  # type: ignore[return-value]
+
+
+def _forced(kind: type[Any], value: object) -> object:
+    if isinstance(value, kind):
+        return value
+    if kind is str and isinstance(value, bytes):
+        return lenient_text(value)
+    if kind is bytes and isinstance(value, str):
+        return value.encode()
+    if kind in {int, float} and isinstance(value, int | float) and abs(value) < _INTEGER_BOUND:
+        return kind(value)
+    return kind()
+
+
+def lenient_text(raw: bytes) -> str:
+    """Return a TEXT column of a row whose bits may have changed; the checksum tells of it."""
+    return raw.decode("utf-8", "replace")

@@ -16,7 +16,7 @@ from pathlib import Path
 from spool.connection import open_reader
 from spool.errors import SpoolError
 from spool.files import SIDE_SUFFIXES
-from spool.records import READING_COLUMNS, NewReading, Reading, intact
+from spool.records import READING_COLUMNS, NewReading, Reading, intact, lenient_text
 
 SALVAGE_STEP_ROWS = 1_000
 _FORWARD = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - our own constants
@@ -24,6 +24,8 @@ _BACKWARD = (
     f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? AND seq < ? "  # noqa: S608
     "ORDER BY seq DESC LIMIT ?"
 )
+_ONE = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq = ?"  # noqa: S608
+_LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'"
 _NO_SEQ = 2**62
 
 
@@ -50,38 +52,69 @@ def set_aside(path: Path, now_s: float | None = None) -> Path:
 
 
 class Salvage:
-    """Reads a damaged spool around its damage: forwards up to it, then backwards down to it.
+    """Reads a damaged spool around its damage.
+
+    Forwards up to it, then backwards down to it; what lies between two damaged places is
+    looked up number by number, which finds every row on a page that is whole.
 
     Args:
         path: The file that was set aside.
         after_seq: Forwards, everything up to here is read or not needed.
         before_seq: Backwards, everything from here on is read.
         forward_done: Whether the damage was reached from the front.
+        backward_done: Whether it was reached from the end as well.
     """
 
     def __init__(
-        self, path: Path, after_seq: int, before_seq: int = _NO_SEQ, *, forward_done: bool = False
+        self,
+        path: Path,
+        after_seq: int,
+        before_seq: int = _NO_SEQ,
+        *,
+        forward_done: bool = False,
+        backward_done: bool = False,
     ) -> None:
         self.path = path
         self._after_seq = after_seq
         self._before_seq = before_seq
         self._forward_done = forward_done
+        self._backward_done = backward_done
         self.readable = 0
         """Rows given back by this object."""
         self.unreadable = 0
-        """Rows whose checksum was wrong."""
+        """Rows that are there, but not whole."""
         self.done = False
         self._conn: sqlite3.Connection | None = None
         try:
-            self._conn = open_reader(path)
+            self._conn = open_reader(path, damaged=True)
+            # A flipped bit in a text must not pass for a damaged page.
+            self._conn.text_factory = lenient_text
         except SpoolError:
             self.done = True  # not even the header can be read; the caller reports it
+
+    @property
+    def epoch(self) -> str:
+        """The damaged spool's epoch; empty if it cannot be read."""
+        if self._conn is None:
+            return ""
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        except sqlite3.Error:
+            return ""
+        return str(row[0]) if row else ""
+
+    def skip_to(self, seq: int) -> None:
+        """Begin after ``seq``: every sink has what is before."""
+        self._after_seq = max(self._after_seq, seq)
 
     def step(self) -> list[NewReading]:
         """Return the next rows that are whole; empty once :attr:`done`."""
         if self._conn is None or self.done:
             return []
-        rows = self._read_backward() if self._forward_done else self._read_forward()
+        if not self._forward_done:
+            rows = self._read_forward()
+        else:
+            rows = self._read_between() if self._backward_done else self._read_backward()
         whole = [row for row in rows if _is_whole(row)]
         self.readable += len(whole)
         self.unreadable += len(rows) - len(whole)
@@ -91,13 +124,20 @@ class Salvage:
         """Return where this is, for :meth:`resumed`; empty once done."""
         if self.done:
             return ""
-        return json.dumps([str(self.path), self._after_seq, self._before_seq, self._forward_done])
+        done = [self._forward_done, self._backward_done]
+        return json.dumps([str(self.path), self._after_seq, self._before_seq, *done])
 
     @classmethod
     def resumed(cls, position: str) -> "Salvage":
         """Return a salvage that goes on at ``position``."""
-        path, after_seq, before_seq, forward_done = json.loads(position)
-        return cls(Path(path), after_seq, before_seq, forward_done=forward_done)
+        path, after_seq, before_seq, forward_done, backward_done = json.loads(position)
+        return cls(
+            Path(path),
+            after_seq,
+            before_seq,
+            forward_done=forward_done,
+            backward_done=backward_done,
+        )
 
     def _read_forward(self) -> list[Reading]:
         rows, damaged = self._read(_FORWARD, (self._after_seq, SALVAGE_STEP_ROWS))
@@ -115,9 +155,34 @@ class Salvage:
         )
         if rows:
             self._before_seq = rows[-1][0]
-        if damaged or not rows:
+        if damaged:
+            self._backward_done = True
+        elif not rows:
             self._finish()
         return rows[::-1]
+
+    def _read_between(self) -> list[Reading]:
+        last = self._before_seq - 1 if self._before_seq < _NO_SEQ else self._last_seq()
+        through = min(last, self._after_seq + SALVAGE_STEP_ROWS)
+        rows: list[Reading] = []
+        failed = 0
+        for seq in range(self._after_seq + 1, through + 1):
+            found, damaged = self._read(_ONE, (seq,))
+            rows += found
+            failed += damaged
+        self._after_seq = max(through, self._after_seq)
+        self.unreadable += failed
+        # Numbers have no holes, so a stretch with neither rows nor damage is the end too.
+        if through >= last or not (rows or failed):
+            self._finish()
+        return rows
+
+    def _last_seq(self) -> int:
+        try:
+            row = self._conn.execute(_LAST_SEQ).fetchone() if self._conn is not None else None
+        except sqlite3.Error:
+            row = None
+        return row[0] if row and isinstance(row[0], int) else 0
 
     def _read(self, sql: str, parameters: tuple[int, ...]) -> tuple[list[Reading], bool]:
         """Return the rows before the damage, and whether there was any."""
@@ -126,8 +191,8 @@ class Salvage:
             return rows, True
         try:
             for row in self._conn.execute(sql, parameters):
-                if not isinstance(row[0], int):
-                    return rows, True
+                if rows and abs(row[0] - rows[-1][0]) != 1:
+                    return rows, True  # numbers have no holes: this one is damaged
                 rows.append(row)
         except (sqlite3.Error, UnicodeDecodeError):
             return rows, True  # the damage itself: what lies behind is read from the other end

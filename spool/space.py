@@ -77,7 +77,10 @@ class Ballast:
             return True
         if shutil.disk_usage(self._path.parent).free < 4 * self._bytes:
             return False
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError:
+            return False  # no inode, no quota: go on without
         try:
             os.posix_fallocate(descriptor, 0, self._bytes)
         except OSError:

@@ -278,7 +278,8 @@ class SpoolWriter:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
         try:
             pages = max(1, max_bytes // self._page_bytes)
-            self._conn.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+            # It frees one page a step, and execute() makes one step only where no columns come.
+            self._conn.executescript(f"PRAGMA incremental_vacuum({pages})")
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
 

@@ -62,7 +62,11 @@ CREATE TABLE status (
     since_us INTEGER NOT NULL
 ) STRICT;
 
+-- A payload that could act on a terminal is shown in hex, as X'…'.
 CREATE VIEW dead_letters AS
+WITH control_characters (pattern) AS (
+    SELECT '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || char(65533) || ']*'
+)
 SELECT
     id,
     strftime('%Y-%m-%dT%H:%M:%SZ', died_us / 1000000, 'unixepoch') AS died_at,
@@ -75,8 +79,13 @@ SELECT
     pi_tag,
     value,
     topic,
-    CAST(payload AS TEXT) AS payload
-FROM dead_letter;
+    CASE
+        WHEN instr(payload, x'00')
+            OR replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r') GLOB pattern
+        THEN quote(payload)
+        ELSE replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r')
+    END AS payload
+FROM dead_letter, control_characters;
 
 CREATE VIEW counters AS SELECT name, value FROM counter ORDER BY name;
 

@@ -107,8 +107,12 @@ SELECT
 FROM pending
 ORDER BY sink;
 
--- Everything still spooled, newest seq last, in text.
+-- Everything still spooled, newest seq last, in text. A payload that could act on a terminal
+-- (MQTT lets anything through, JSON lets DEL and C1 through) is shown in hex, as X'…'.
 CREATE VIEW readings AS
+WITH control_characters (pattern) AS (
+    SELECT '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || char(65533) || ']*'
+)
 SELECT
     seq,
     lower(hex(event_id)) AS event_id,
@@ -121,27 +125,39 @@ SELECT
         || printf('.%06dZ', (timestamp_us % 1000000 + 1000000) % 1000000) AS timestamp,
     value,
     topic,
-    CAST(payload AS TEXT) AS payload,
+    CASE
+        WHEN instr(payload, x'00')
+            OR replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r') GLOB pattern
+        THEN quote(payload)
+        ELSE replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r')
+    END AS payload,
     strftime('%Y-%m-%dT%H:%M:%S', received_us / 1000000, 'unixepoch')
         || printf('.%06dZ', received_us % 1000000) AS received_at
-FROM reading_row;
+FROM reading_row, control_characters;
 
--- Newest last. Garbage may hold terminal escapes, so ESC and CSI never reach the screen raw;
--- the bytes themselves are in rejected_row.payload (use hex() or quote()).
+-- Newest last. Garbage may hold terminal escapes; see the view readings.
 CREATE VIEW rejected AS
+WITH control_characters (pattern) AS (
+    SELECT '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || char(65533) || ']*'
+)
 SELECT
     id,
     strftime('%Y-%m-%dT%H:%M:%S', received_us / 1000000, 'unixepoch')
         || printf('.%06dZ', received_us % 1000000) AS received_at,
     reason,
     detail,
-    topic,
-    replace(replace(replace(replace(CAST(payload AS TEXT),
-        char(27), '\x1b'), char(155), '\x9b'), char(10), '\n'), char(13), '\r') AS payload,
+    CASE WHEN topic GLOB pattern OR instr(topic, char(0)) THEN quote(CAST(topic AS BLOB))
+    ELSE topic END AS topic,
+    CASE
+        WHEN instr(payload, x'00')
+            OR replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r') GLOB pattern
+        THEN quote(payload)
+        ELSE replace(replace(replace(CAST(payload AS TEXT), char(9), '\t'), char(10), '\n'), char(13), '\r')
+    END AS payload,
     payload_bytes,
     qos,
     retained
-FROM rejected_row;
+FROM rejected_row, control_characters;
 
 CREATE VIEW rejected_summary AS
 SELECT
@@ -149,7 +165,7 @@ SELECT
     t.count,
     strftime('%Y-%m-%dT%H:%M:%SZ', t.first_us / 1000000, 'unixepoch') AS first_at,
     strftime('%Y-%m-%dT%H:%M:%SZ', t.last_us / 1000000, 'unixepoch') AS last_at,
-    (SELECT r.topic FROM rejected_row AS r WHERE r.reason = t.reason ORDER BY r.id DESC LIMIT 1)
+    (SELECT r.topic FROM rejected AS r WHERE r.reason = t.reason ORDER BY r.id DESC LIMIT 1)
         AS last_topic,
     (SELECT r.detail FROM rejected_row AS r WHERE r.reason = t.reason ORDER BY r.id DESC LIMIT 1)
         AS last_detail

@@ -1,0 +1,1 @@
+"""Benchmarks: our figures beside reference figures, interleaved, in one run."""

@@ -1,0 +1,93 @@
+"""What a comparison says, and the table of all of them."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: As given to ``bench/run.sh``.
+        what: What is compared with what.
+        ours: Our figure in each round.
+        reference: The reference's figure in each round; empty where only a limit counts.
+        unit: Of both.
+        target: ``>= x`` or ``<= x``, of the ratio, or of our figure without a reference.
+        cpu_us: Our processor time per message in each round, in microseconds.
+        rss_mb: Our resident memory at the end of each round.
+        notes: What a reader must know, such as which server was used.
+    """
+
+    name: str
+    what: str
+    unit: str
+    target: str
+    ours: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
+    rss_mb: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours ÷ reference, round by round."""
+        return [a / b for a, b in zip(self.ours, self.reference, strict=True)] if self.reference else []
+
+    @property
+    def judged(self) -> float:
+        """The median that the target speaks of."""
+        return statistics.median(self.ratios or self.ours)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the target is met."""
+        operator, limit = self.target.split()
+        return self.judged >= float(limit) if operator == ">=" else self.judged <= float(limit)
+
+
+def _number(value: float) -> str:
+    for limit, digits in ((100, 0), (10, 1), (0, 3)):
+        if abs(value) >= limit:
+            return f"{value:,.{digits}f}"
+    return f"{value:.3f}"
+
+
+def _median(values: Sequence[float]) -> str:
+    return _number(statistics.median(values)) if values else "-"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return the table as Markdown."""
+    lines = [
+        "| name | ours | reference | ratio (min … max) | target | holds | CPU µs/msg | RSS MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for row in rows:
+        ratios = row.ratios
+        spread = (
+            f"{_median(ratios)} ({_number(min(ratios))} … {_number(max(ratios))})" if ratios else "-"
+        )
+        lines.append(
+            f"| {row.name} | {_median(row.ours)} {row.unit} | {_median(row.reference)} | {spread} | "
+            f"{row.target} | {'yes' if row.holds else 'NO'} | {_median(row.cpu_us)} | "
+            f"{_median(row.rss_mb)} |"
+        )
+        notes += [f"- **{row.name}**: {row.what}", *(f"  - {note}" for note in row.notes)]
+    return "\n".join([*lines, "", *notes])
+
+
+def save(rows: Iterable[Row]) -> Path:
+    """Write the figures as JSON; return where."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / time.strftime("%Y%m%dT%H%M%SZ.json", time.gmtime())
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,600 @@
+#!/usr/bin/env bash
+# Installs Sluice on Debian 12, or shows it: see ./install.sh --help
+set -Eeuo pipefail
+umask 022
+
+SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly SOURCE
+
+readonly PREFIX=/opt/sluice
+readonly ETC=/etc/sluice
+readonly SPOOL=/var/lib/sluice
+readonly LOG=/var/log/sluice
+readonly RUN=/run/sluice
+readonly UNIT=/etc/systemd/system/sluice.service
+readonly DROP_IN=/etc/mosquitto/conf.d/sluice.conf
+readonly WRAPPER=/usr/local/bin/supervisorctl
+readonly ACCOUNT=sluice
+
+# What the installation itself needs: code, environment, logs.
+readonly INSTALL_MIN_MIB=1024
+readonly DEMO_MIN_MIB=512
+# The spool's default limit (SPOOL_MAX_BYTES) and some air.
+readonly SPOOL_WANTED_MIB=$((11 * 1024))
+readonly START_TIMEOUT_S=40
+readonly STOP_TIMEOUT_S=60
+
+# Output of commands that are worth reading only when they fail.
+COMMAND_LOG=
+
+usage() {
+  cat <<END
+Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
+
+  sudo ./install.sh                  install on Debian 12, or upgrade
+  ./install.sh --demo [--seconds N]  show it: no cloud, broker or root needed
+  sudo ./install.sh --uninstall      remove the programs, keep settings and data
+
+Install:
+  MQTT_BROKER=HOST, MQTT_PORT=PORT     (environment) use that broker; without
+                                       them Mosquitto is installed here, for
+                                       this machine only (loopback)
+  Code goes to $PREFIX, data to $SPOOL, settings to
+  $ETC/sluice.env: written once, never overwritten; APP_ENV=LOCAL
+  until you change it. A second run upgrades; readings wait in the broker.
+
+Demo:
+  --seconds N        stop by itself after N seconds (default: at Ctrl-C)
+  --dir DIRECTORY    where everything lies (default: ./demo-data)
+  --broker NAME      mosquitto, or amqtt (in Python, installed into the demo's
+                     directory); default: mosquitto where it can be had
+
+A mirror or proxy for Python packages is pip's own business: PIP_INDEX_URL,
+HTTPS_PROXY or pip.conf.
+END
+}
+
+say() { printf '%s\n' "$*"; }
+step() { printf '\n==> %s\n' "$*"; }
+warn() { printf 'install.sh: warning: %s\n' "$*" >&2; }
+
+die() { # <what happened> [what to do next ...]
+  printf '\ninstall.sh: %s\n' "$1" >&2
+  shift
+  [ $# -eq 0 ] || printf '  %s\n' "$@" >&2
+  exit 1
+}
+
+unexpected() { # <line> <code>
+  printf '\ninstall.sh: line %s failed with code %s, which nobody foresaw.\n' "$1" "$2" >&2
+  printf '  Run it again; if it stays, report it with: bash -x ./install.sh\n' >&2
+}
+trap 'unexpected "$LINENO" "$?"' ERR
+trap '[ -z "$COMMAND_LOG" ] || rm -f "$COMMAND_LOG"' EXIT
+
+is_root() { [ "$(id -u)" -eq 0 ]; }
+systemd_runs() { [ -d /run/systemd/system ]; }
+
+# Run a command quietly; its output is in $COMMAND_LOG afterwards.
+quietly() {
+  [ -n "$COMMAND_LOG" ] || COMMAND_LOG=$(mktemp)
+  "$@" >"$COMMAND_LOG" 2>&1 </dev/null
+}
+
+die_of_command() { # <what failed> <next step>
+  grep -vE '^WARNING: |^\s*$' "$COMMAND_LOG" | tail -n 15 | sed 's/^/  | /' >&2 || true
+  if grep -qiE 'temporary failure|could not resolve|name resolution|network is unreachable|NewConnectionError|connection (refused|timed out)|could not connect|max retries' "$COMMAND_LOG"; then
+    die "$1: the network, or the server, cannot be reached." \
+      "Check the connection and the name service (getent hosts debian.org)." \
+      "Behind a proxy: export HTTPS_PROXY and HTTP_PROXY; with sudo: sudo -E ./install.sh"
+  fi
+  if grep -qi 'no space left' "$COMMAND_LOG"; then
+    die "$1: the disk is full." "See df -h, make room, run this again."
+  fi
+  die "$1." "$2"
+}
+
+# ------------------------------------------------------------------ the machine
+
+existing_ancestor() { # <path>
+  local path=$1
+  while [ ! -d "$path" ]; do path=$(dirname "$path"); done
+  printf '%s\n' "$path"
+}
+
+free_mib() { # <path, which need not exist>
+  df --output=avail -BM "$(existing_ancestor "$1")" | tail -n 1 | tr -dc '0-9'
+}
+
+require_space() { # <path> <MiB>
+  local free
+  free=$(free_mib "$1")
+  [ "$free" -ge "$2" ] || die "the disk is too small: $1 has $free MiB free, $2 MiB are needed." \
+    "Make room (df -h $(existing_ancestor "$1")) or give it a larger disk, then run this again."
+}
+
+require_debian() {
+  local id='' version=''
+  if [ -r /etc/os-release ]; then
+    # shellcheck source=/dev/null
+    id=$(. /etc/os-release && printf '%s' "${ID:-}")
+    # shellcheck source=/dev/null
+    version=$(. /etc/os-release && printf '%s' "${VERSION_ID:-}")
+  fi
+  case "$id $version" in
+    'debian 12') ;;
+    'debian 13') warn "this is Debian 13; Sluice is tested on Debian 12." ;;
+    *) die "this is not Debian 12 but '${id:-unknown} ${version:-}'." \
+      "Install on a Debian 12 VM; ./install.sh --demo runs on any Linux with Python 3.11." ;;
+  esac
+}
+
+missing_packages() { # <package ...>
+  local package
+  for package in "$@"; do
+    # shellcheck disable=SC2016 # ${Status} is for dpkg-query
+    [ "$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null)" = 'install ok installed' ] ||
+      printf '%s\n' "$package"
+  done
+}
+
+apt_install() { # <package ...>
+  local missing
+  mapfile -t missing < <(missing_packages "$@")
+  [ ${#missing[@]} -gt 0 ] || return 0
+  say "apt-get install ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  # Another apt may be at work (unattended-upgrades): wait for it.
+  local apt=(apt-get -o DPkg::Lock::Timeout=180 -qq)
+  quietly "${apt[@]}" update ||
+    die_of_command "apt-get update failed" "Mend it (sudo apt-get update), then run this again."
+  quietly "${apt[@]}" install -y --no-install-recommends "${missing[@]}" ||
+    die_of_command "apt-get cannot install ${missing[*]}" \
+      "Try it by hand (sudo apt-get install ${missing[*]}), then run this again."
+}
+
+# ------------------------------------------------------------ Python environment
+
+usable_python() { # <program>
+  "$1" -c 'import ensurepip, sqlite3, ssl, sys, venv
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+# Build DIRECTORY/venv from a lock. Its real place is named after the lock and the
+# Python, so an upgrade builds the new one while the old one still runs, and an
+# unchanged one is used again.
+build_venv() { # <directory> <lock> <python>
+  local directory=$1 lock=$2 python=$3 key venv
+  key=$({ cat "$lock"; "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; } |
+    sha256sum | cut -c 1-12)
+  venv=$directory/venvs/$key
+  if [ ! -e "$venv/.complete" ]; then
+    say "Python packages from $(basename "$lock") ..."
+    rm -rf "$venv"
+    mkdir -p "$directory/venvs"
+    quietly "$python" -m venv "$venv" ||
+      die_of_command "python -m venv failed" "Install it: sudo apt-get install python3-venv"
+    # Wheels only: nothing is compiled, and no build tool comes in unchecked.
+    quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
+      --only-binary :all: --require-hashes -r "$lock" ||
+      die_of_command "pip cannot install $(basename "$lock")" \
+        "See above; a mirror is set with PIP_INDEX_URL or pip.conf."
+    touch "$venv/.complete"
+  fi
+  NEW_VENV=venvs/$key
+}
+
+use_new_venv() { # <directory>
+  ln -sfn "$NEW_VENV" "$1/venv"
+  find "$1/venvs" -mindepth 1 -maxdepth 1 ! -path "$1/$NEW_VENV" -exec rm -rf {} +
+}
+
+# -------------------------------------------------------------------------- demo
+
+demo() {
+  local directory=$1 seconds=$2 broker=$3 lock=requirements.lock python candidate
+  mkdir -p "$directory" 2>/dev/null ||
+    die "cannot create $directory." "Choose another directory: ./install.sh --demo --dir DIRECTORY"
+  directory=$(cd "$directory" && pwd)
+  [ -w "$directory" ] || die "cannot write in $directory." \
+    "It is another user's; choose another: ./install.sh --demo --dir DIRECTORY"
+  # The demo starts afresh each time, so it must not start in a directory of yours.
+  if [ ! -e "$directory/.sluice-demo" ] && [ -n "$(ls -A "$directory")" ]; then
+    die "$directory is not empty, and not a demo's directory." \
+      "Choose another: ./install.sh --demo --dir DIRECTORY"
+  fi
+  touch "$directory/.sluice-demo"
+  require_space "$directory" "$DEMO_MIN_MIB"
+
+  [ -n "$broker" ] || broker=$(demo_broker)
+  if [ "$broker" = amqtt ]; then lock=requirements-demo.lock; fi
+  python=
+  for candidate in "${PYTHON:-python3}" /usr/bin/python3 python3.11 python3.12 python3.13; do
+    if usable_python "$candidate"; then
+      python=$candidate
+      break
+    fi
+  done
+  if [ -z "$python" ] && is_root && command -v apt-get >/dev/null; then
+    apt_install python3 python3-venv
+    python=/usr/bin/python3
+  fi
+  [ -n "$python" ] || die "no Python 3.11, 3.12 or 3.13 with venv found." \
+    "Install it (sudo apt-get install python3 python3-venv), or name one: PYTHON=/path/to/python3"
+
+  # Two demos in one directory would pull the environment from under each other.
+  exec 9>"$directory/.prepare.lock"
+  flock -n 9 || die "a demo is already running, or being prepared, in $directory." \
+    "Stop it, or choose another directory: ./install.sh --demo --dir DIRECTORY"
+  build_venv "$directory" "$SOURCE/$lock" "$python"
+  use_new_venv "$directory"
+
+  [ -z "$COMMAND_LOG" ] || rm -f "$COMMAND_LOG"
+  cd "$SOURCE"
+  local arguments=(--dir "$directory" --broker "$broker")
+  [ -z "$seconds" ] || arguments+=(--seconds "$seconds")
+  # exec: signals reach the demo itself. The lock's descriptor goes along.
+  exec "$directory/venv/bin/python" -m demo "${arguments[@]}"
+}
+
+# Print the name of the best broker to be had.
+demo_broker() {
+  if PATH=$PATH:/usr/sbin command -v mosquitto >/dev/null; then
+    say mosquitto
+  elif is_root && command -v apt-get >/dev/null && (install_mosquitto_unstarted) >&2; then
+    say mosquitto
+  else
+    say amqtt
+  fi
+}
+
+# Debian starts a service as soon as it is installed; the demo has a broker of its
+# own, and wants nothing on port 1883.
+install_mosquitto_unstarted() {
+  local policy=/usr/sbin/policy-rc.d
+  if [ -e "$policy" ]; then
+    apt_install mosquitto
+    return
+  fi
+  trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+  apt_install mosquitto
+}
+
+# ----------------------------------------------------------------------- install
+
+install_all() {
+  is_root || die "this needs root." "Run: sudo ./install.sh    (or, without root: ./install.sh --demo)"
+  require_debian
+  require_space "$PREFIX" "$INSTALL_MIN_MIB"
+  require_space "$SPOOL" "$INSTALL_MIN_MIB"
+  [ -e "$SOURCE/collector" ] || die "$SOURCE does not hold the programs." "Run it from a full checkout."
+  exec 9>/run/lock/sluice-install.lock
+  flock -n 9 || die "another install.sh is running." "Wait for it to end."
+  # From here on nothing depends on where it was called.
+  cd /
+
+  step "Packages"
+  local packages=(python3 python3-venv sqlite3 procps)
+  if ! own_broker_given; then packages+=(mosquitto); fi
+  apt_install "${packages[@]}"
+
+  step "User, directories, settings"
+  create_account
+  create_directories
+  create_settings
+
+  step "Programs in $PREFIX"
+  build_venv "$PREFIX" "$SOURCE/requirements.lock" /usr/bin/python3
+  stage_code
+  if ! own_broker_given; then
+    step "Mosquitto"
+    set_up_mosquitto
+  fi
+
+  step "Start"
+  stop_sluice
+  swap_code
+  write_wrapper
+  start_sluice
+  conclude
+}
+
+# The value of a variable in the settings file, empty where there is none.
+setting() { # <name>
+  [ -r "$ETC/sluice.env" ] || return 0
+  sed -nE "s/^(export )?$1=[\"']?([^\"'#]*[^\"'# ]).*/\2/p" "$ETC/sluice.env" | tail -n 1
+}
+
+# Whether the operator has named a broker: now, or in the settings of an earlier run.
+own_broker_given() { [ -n "${MQTT_BROKER:-}" ] || [ -n "$(setting MQTT_BROKER)" ]; }
+
+create_account() {
+  getent group "$ACCOUNT" >/dev/null || groupadd --system "$ACCOUNT"
+  getent passwd "$ACCOUNT" >/dev/null ||
+    useradd --system --gid "$ACCOUNT" --home-dir "$SPOOL" --no-create-home \
+      --shell /usr/sbin/nologin "$ACCOUNT"
+}
+
+create_directories() {
+  local spool
+  install -d -m 0755 "$PREFIX"
+  install -d -m 0750 -o root -g "$ACCOUNT" "$ETC"
+  # setgid: every new file belongs to the group that may read it.
+  install -d -m 2750 -o "$ACCOUNT" -g "$ACCOUNT" "$SPOOL" "$LOG"
+  install -d -m 0750 -o "$ACCOUNT" -g "$ACCOUNT" "$RUN"
+  spool=$(setting SPOOL_DIR)
+  if [ -n "$spool" ] && [ ! -d "$spool" ]; then
+    install -d -m 2750 -o "$ACCOUNT" -g "$ACCOUNT" "$spool"
+  fi
+  # supervisord.conf finds everything beside itself.
+  ln -sfn "$ETC" "$PREFIX/etc"
+  ln -sfn "$LOG" "$PREFIX/log"
+  ln -sfn "$RUN" "$PREFIX/run"
+  ln -sfn app/supervisord.conf "$PREFIX/supervisord.conf"
+}
+
+create_settings() {
+  local file=$ETC/sluice.env free
+  if [ -e "$file" ]; then
+    say "$file stays as it is"
+    if [ -n "${MQTT_BROKER:-}" ] && [ "$(setting MQTT_BROKER)" != "$MQTT_BROKER" ]; then
+      warn "MQTT_BROKER=$MQTT_BROKER is not in $file; set it there."
+    fi
+    return
+  fi
+  install -m 0640 -o root -g "$ACCOUNT" "$SOURCE/deploy/sluice.env" "$file"
+  if [ -n "${MQTT_BROKER:-}" ]; then
+    enter_setting MQTT_BROKER "$MQTT_BROKER"
+    enter_setting MQTT_PORT "${MQTT_PORT:-1883}"
+  fi
+  free=$(free_mib "$SPOOL")
+  if [ "$free" -lt "$SPOOL_WANTED_MIB" ]; then
+    enter_setting SPOOL_MAX_BYTES "$((free * 7 / 10))MiB"
+    warn "only $free MiB are free for $SPOOL: SPOOL_MAX_BYTES is set to 70 % of that."
+  fi
+  say "$file written; APP_ENV=LOCAL sends nothing to the cloud"
+}
+
+enter_setting() { # <name> <value>
+  [[ $2 =~ ^[A-Za-z0-9._:-]+$ ]] || die "$1='$2' is not a host name or a number."
+  sed -i -E "s|^#?$1=.*|$1=$2|" "$ETC/sluice.env"
+}
+
+# Copy what runs, and what an operator may want at hand, beside the running code.
+stage_code() {
+  local new=$PREFIX/app.new entry
+  rm -rf "$new"
+  mkdir "$new"
+  for entry in "$SOURCE"/*; do
+    case $(basename "$entry") in
+      tests | bench | build | demo-data) continue ;;
+    esac
+    if [ -f "$entry" ] || [ -f "$entry/__init__.py" ] ||
+      [ "$entry" = "$SOURCE/deploy" ] || [ "$entry" = "$SOURCE/docs" ]; then
+      cp -R --no-preserve=ownership "$entry" "$new/"
+    fi
+  done
+  find "$new" -name __pycache__ -type d -prune -exec rm -rf {} +
+  chown -R root:root "$new"
+  chmod -R u=rwX,go=rX "$new"
+}
+
+swap_code() {
+  use_new_venv "$PREFIX"
+  rm -rf "$PREFIX/app.old"
+  [ ! -e "$PREFIX/app" ] || mv "$PREFIX/app" "$PREFIX/app.old"
+  mv "$PREFIX/app.new" "$PREFIX/app"
+  rm -rf "$PREFIX/app.old"
+  # The user sluice cannot write here, so compile now and not at each start.
+  (cd "$PREFIX/app" && "$PREFIX/venv/bin/python" -m compileall -q . >/dev/null) ||
+    die "the programs do not compile." "Is the checkout complete? (git status)"
+}
+
+# supervisorctl looks for its configuration in the current directory before /etc, so
+# the command that people type names ours.
+write_wrapper() {
+  if [ -e "$WRAPPER" ] && ! grep -qs "$PREFIX/supervisord.conf" "$WRAPPER"; then
+    warn "$WRAPPER is not ours and stays; use $PREFIX/venv/bin/supervisorctl -c $PREFIX/supervisord.conf"
+    return
+  fi
+  if [ -e /usr/bin/supervisorctl ]; then
+    warn "supervisorctl now means Sluice's; Debian's is /usr/bin/supervisorctl"
+  fi
+  printf '#!/bin/sh\n# Written by install.sh: supervisorctl, with the configuration of Sluice.\nexec %s -c %s "$@"\n' \
+    "$PREFIX/venv/bin/supervisorctl" "$PREFIX/supervisord.conf" >"$WRAPPER"
+  chmod 755 "$WRAPPER"
+}
+
+# -------------------------------------------------------------------- Mosquitto
+
+set_up_mosquitto() {
+  local changed=no
+  if foreign_mosquitto_settings; then
+    say "Mosquitto has settings of its own in /etc/mosquitto/conf.d: they stay as they are."
+    say "Compare them with $SOURCE/deploy/mosquitto.conf (persistence, limits)."
+  elif cmp -s "$DROP_IN" "$SOURCE/deploy/mosquitto.conf"; then
+    :
+  elif [ -e "$DROP_IN" ] && ! cmp -s "$DROP_IN" "$PREFIX/app/deploy/mosquitto.conf"; then
+    say "$DROP_IN was edited here: it stays as it is."
+  else
+    install -m 0644 "$SOURCE/deploy/mosquitto.conf" "$DROP_IN"
+    changed=yes
+  fi
+  if [ "$changed" = yes ] || ! broker_answers; then restart_mosquitto; fi
+  local port
+  port=$(setting MQTT_PORT)
+  wait_until 10 broker_answers || die "Mosquitto does not answer on port ${port:-1883}." \
+    "Its reason: tail /var/log/mosquitto/mosquitto.log" \
+    "Another program on that port? ss -ltnp 'sport = :${port:-1883}'"
+  say "Mosquitto answers on 127.0.0.1:${port:-1883}"
+}
+
+# Settings that are neither ours nor absent.
+foreign_mosquitto_settings() {
+  local file
+  for file in /etc/mosquitto/conf.d/*.conf; do
+    [ ! -e "$file" ] || [ "$file" = "$DROP_IN" ] || return 0
+  done
+  return 1
+}
+
+broker_answers() {
+  local port
+  port=$(setting MQTT_PORT)
+  (exec 3<>"/dev/tcp/127.0.0.1/${port:-1883}") 2>/dev/null
+}
+
+restart_mosquitto() {
+  if systemd_runs; then
+    quietly systemctl enable mosquitto || true
+    quietly systemctl restart mosquitto ||
+      die_of_command "Mosquitto does not start" "Its reason: journalctl -u mosquitto -n 20"
+    return
+  fi
+  # It saves its queue before it ends; only then may the next one read it.
+  pkill -TERM -u mosquitto -x mosquitto || true
+  wait_until 15 mosquitto_stopped || die "the running Mosquitto does not stop." \
+    "Stop it by hand (pgrep -a mosquitto), then run this again."
+  # Not the init script: it writes, as root, the pid file that Mosquitto then cannot
+  # write, and Mosquitto ends. The directory is the unit's business otherwise.
+  install -d -m 0755 -o mosquitto -g mosquitto /run/mosquitto
+  rm -f /run/mosquitto/mosquitto.pid
+  start-stop-daemon --start --quiet --background --exec /usr/sbin/mosquitto -- \
+    -c /etc/mosquitto/mosquitto.conf 9>&- ||
+    die "Mosquitto does not start." "Its reason: tail /var/log/mosquitto/mosquitto.log"
+}
+
+# Not counting the dead that nobody has buried (a container without an init).
+mosquitto_stopped() { ! pgrep --runstates D,R,S,T,t,I -u mosquitto -x mosquitto >/dev/null; }
+
+# ------------------------------------------------------------------------- start
+
+wait_until() { # <seconds> <command ...>
+  local deadline=$((SECONDS + $1))
+  shift
+  until "$@"; do
+    [ "$SECONDS" -lt "$deadline" ] || return 1
+    sleep 0.2
+  done
+}
+
+sluice_stopped() { ! pgrep -u "$ACCOUNT" -f "^$PREFIX/venv" >/dev/null; }
+
+# Orderly: every program finishes the batch in hand. Readings wait in the broker.
+stop_sluice() {
+  if systemd_runs && [ -e "$UNIT" ]; then systemctl stop sluice; fi
+  if [ -S "$RUN/supervisor.sock" ] && supervisorctl_quietly shutdown; then
+    wait_until "$STOP_TIMEOUT_S" sluice_stopped || true
+  fi
+  # What a killed supervisord has left behind.
+  if ! sluice_stopped; then
+    pkill -TERM -u "$ACCOUNT" -f "^$PREFIX/venv" || true
+    wait_until 15 sluice_stopped || pkill -KILL -u "$ACCOUNT" -f "^$PREFIX/venv" || true
+  fi
+}
+
+supervisorctl_quietly() { # <arguments ...>
+  "$PREFIX/venv/bin/supervisorctl" -c "$PREFIX/supervisord.conf" "$@" >/dev/null 2>&1
+}
+
+start_sluice() {
+  if systemd_runs; then
+    install -m 0644 "$SOURCE/deploy/sluice.service" "$UNIT"
+    systemctl daemon-reload
+    quietly systemctl enable sluice || die_of_command "systemctl enable sluice failed" "See above."
+    quietly systemctl start sluice ||
+      die_of_command "the service does not start" "Its reason: journalctl -u sluice -n 30"
+  else
+    say "systemd does not run here: supervisord is started directly, and not at the next boot."
+    # A clean environment: a variable of this shell would win over the settings file.
+    quietly runuser -u "$ACCOUNT" -- env -i PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
+      HOME="$SPOOL" "$PREFIX/venv/bin/supervisord" -c "$PREFIX/supervisord.conf" 9>&- ||
+      die_of_command "supervisord does not start" "Its reason: tail $LOG/supervisord.log"
+  fi
+}
+
+# supervisorctl's exit code counts STARTING as running.
+all_running() {
+  local status
+  status=$("$PREFIX/venv/bin/supervisorctl" -c "$PREFIX/supervisord.conf" status 2>&1) || return 1
+  ! grep -qv ' RUNNING ' <<<"$status"
+}
+
+conclude() {
+  local running=yes
+  wait_until "$START_TIMEOUT_S" all_running || running=no
+  say
+  say "\$ supervisorctl status"
+  "$PREFIX/venv/bin/supervisorctl" -c "$PREFIX/supervisord.conf" status || true
+  [ "$running" = yes ] || die "Sluice is installed, but not everything runs." \
+    "Its reason: supervisorctl tail collector    (or forwarder-pubsub, forwarder-bigquery)" \
+    "Then: sudoedit $ETC/sluice.env and supervisorctl restart all"
+  cat <<END
+
+Sluice is installed. APP_ENV is $(setting APP_ENV). Next:
+
+  sudoedit $ETC/sluice.env
+      settings: APP_ENV, project, topic, table
+  sudo supervisorctl restart all
+      after each change of them
+  sudo sqlite3 -readonly -line $SPOOL/spool.db 'select * from backlog'
+      where every reading is
+
+To do without sudo: usermod -aG $ACCOUNT ${SUDO_USER:-YOURNAME}, then log in again.
+END
+}
+
+# --------------------------------------------------------------------- uninstall
+
+uninstall() {
+  is_root || die "this needs root." "Run: sudo ./install.sh --uninstall"
+  stop_sluice
+  if [ -e "$UNIT" ]; then
+    systemctl disable sluice || true
+    rm -f "$UNIT"
+    systemctl daemon-reload || true
+  fi
+  if grep -qs "$PREFIX/supervisord.conf" "$WRAPPER"; then rm -f "$WRAPPER"; fi
+  rm -rf "$PREFIX" "$RUN"
+  say "Sluice is removed. These stay, and hold your settings and readings:"
+  say "  $ETC  $SPOOL  $LOG  the user $ACCOUNT"
+  say "Mosquitto stays too, with $DROP_IN (it may hold readings)."
+}
+
+# -------------------------------------------------------------------------- main
+
+main() {
+  local mode=install directory=$PWD/demo-data seconds='' broker=''
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --demo) mode=demo ;;
+      --uninstall) mode=uninstall ;;
+      --seconds | --dir | --broker)
+        [ $# -ge 2 ] || die "$1 needs a value." "See ./install.sh --help"
+        case $1 in
+          --seconds) seconds=$2 ;;
+          --dir) directory=$2 ;;
+          --broker) broker=$2 ;;
+        esac
+        shift
+        ;;
+      -h | --help)
+        usage
+        exit 0
+        ;;
+      *) die "unknown argument: $1" "See ./install.sh --help" ;;
+    esac
+    shift
+  done
+  [[ -z $seconds || $seconds =~ ^[1-9][0-9]*$ ]] || die "--seconds $seconds: a whole number, please."
+  [[ $broker =~ ^(|mosquitto|amqtt)$ ]] || die "--broker $broker: mosquitto or amqtt, please."
+  case $mode in
+    demo) demo "$directory" "$seconds" "$broker" ;;
+    uninstall) uninstall ;;
+    install) install_all ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,75 @@
+"""Both fakes, and what arrived at them in a form that can be compared with the ledger."""
+
+import json
+from dataclasses import dataclass
+from typing import Self
+
+from tests.fakes import FakeBigQuery, FakePubSub
+from tests.harness.waiting import free_port
+
+PROJECT, TOPIC, DATASET, TABLE = "acme-edge", "kpi-events", "plant", "readings"
+TOPIC_PATH = f"projects/{PROJECT}/topics/{TOPIC}"
+TABLE_REF = f"{PROJECT}.{DATASET}.{TABLE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One reading at one service."""
+
+    number: int
+    site: str
+    seq: int
+    event_id: str
+
+
+class Cloud:
+    """The two services, with topic and table in place."""
+
+    def __init__(self) -> None:
+        self.pubsub = FakePubSub(free_port(), topics=[TOPIC_PATH])
+        self.bigquery = FakeBigQuery(free_port())
+        self.bigquery.create_table(TABLE_REF)
+
+    def start(self) -> Self:
+        """Serve."""
+        self.pubsub.start()
+        self.bigquery.start()
+        return self
+
+    def stop(self) -> None:
+        """Be away."""
+        self.pubsub.stop()
+        self.bigquery.stop()
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that lead the forwarders here."""
+        return {
+            "GCP_PROJECT_ID": PROJECT,
+            "PUBSUB_TOPIC": TOPIC,
+            "BIGQUERY_DATASET": DATASET,
+            "BIGQUERY_TABLE": TABLE,
+            "PUBSUB_EMULATOR_HOST": self.pubsub.address,
+            "BIGQUERY_EMULATOR_HOST": self.bigquery.url,
+        }
+
+    def received(self, sink: str) -> list[Received]:
+        """Return what the service of ``sink`` has, in order of arrival."""
+        if sink == "pubsub":
+            return [
+                event_received(m.data, m.attributes["seq"], m.ordering_key)
+                for m in self.pubsub.messages(TOPIC_PATH)
+            ]
+        return [row_received(row) for row in self.bigquery.rows(TABLE_REF)]
+
+
+def event_received(data: bytes, seq: str, key: str) -> Received:
+    """Return what a message of Pub/Sub says."""
+    event = json.loads(data)
+    assert key == event["site_code"], "the ordering key is the site"
+    return Received(int(event["value"]), event["site_code"], int(seq), event["event_id"])
+
+
+def row_received(row: dict[str, object]) -> Received:
+    """Return what a row of BigQuery says."""
+    numbers = [int(str(row["seq"])), int(float(str(row["value"])))]
+    return Received(numbers[1], str(row["site_code"]), numbers[0], str(row["event_id"]))

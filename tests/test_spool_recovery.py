@@ -1,0 +1,205 @@
+"""A damaged spool is set aside whole, and every row that can still be read is given back."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from spool import (
+    CorruptFileError,
+    NewReading,
+    Salvage,
+    SpoolReader,
+    SpoolWriter,
+    set_aside,
+    spool_path,
+)
+from spool.recovery import SALVAGE_STEP_ROWS
+from tests.test_spool_writer import edit, new_reading
+
+PAGE = 4096
+LEAF_OF_A_TABLE = 0x0D
+ROWS = 2000
+PAYLOAD = b'{"padding":"%s"}' % (b"x" * 150)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A spool of ROWS rows, checkpointed and set aside; each test damages it as it likes."""
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n, payload=PAYLOAD) for n in range(ROWS)], [], {})
+    writer.checkpoint()
+    writer.close()
+    return set_aside(spool_path(tmp_path), now_s=0)
+
+
+def pages_of_rows(path: Path) -> list[int]:
+    """Return the numbers of the table's leaf pages, in the order of the file."""
+    data = path.read_bytes()
+    pages = {n: data[n * PAGE : (n + 1) * PAGE] for n in range(1, len(data) // PAGE)}
+    return [n for n, page in pages.items() if page[0] == LEAF_OF_A_TABLE and PAYLOAD in page]
+
+
+def garble(path: Path, page: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(page * PAGE)
+        file.write(random.Random(page).randbytes(PAGE))  # noqa: S311 - damage, not a secret
+
+
+def salvaged(salvage: Salvage) -> list[NewReading]:
+    rows: list[NewReading] = []
+    for _ in range(100):
+        if salvage.done:
+            return rows
+        rows += salvage.step()
+    raise AssertionError("the salvage does not come to its end")
+
+
+def numbers(rows: list[NewReading]) -> set[int]:
+    known = {new_reading(n)[0]: n for n in range(ROWS)}
+    return {known[row[0]] for row in rows}
+
+
+def test_everything_is_given_back_from_a_file_that_is_whole(damaged: Path) -> None:
+    salvage = Salvage(damaged, 0)
+    rows = salvaged(salvage)
+    assert rows == [new_reading(n, payload=PAYLOAD) for n in range(ROWS)]
+    assert (salvage.readable, salvage.unreadable) == (ROWS, 0)
+    assert Salvage(damaged, 0).step() == rows[:SALVAGE_STEP_ROWS]
+
+
+def test_what_every_sink_has_is_not_given_back(damaged: Path) -> None:
+    assert numbers(salvaged(Salvage(damaged, 1500))) == set(range(1500, ROWS))
+
+
+def test_only_the_rows_of_a_garbage_page_are_lost(damaged: Path) -> None:
+    pages = pages_of_rows(damaged)
+    garble(damaged, pages[len(pages) // 2])
+    salvage = Salvage(damaged, 0)
+    rows = salvaged(salvage)
+    lost = set(range(ROWS)) - numbers(rows)
+    assert 0 < len(lost) <= PAGE // len(PAYLOAD)
+    assert max(lost) - min(lost) == len(lost) - 1
+    assert len(rows) == len(numbers(rows))
+    assert salvage.unreadable == len(lost)
+
+
+def test_what_lies_between_two_garbage_pages_is_given_back(damaged: Path) -> None:
+    pages = pages_of_rows(damaged)
+    for page in (pages[10], pages[60], pages[-10]):
+        garble(damaged, page)
+    salvage = Salvage(damaged, 0)
+    rows = salvaged(salvage)
+    lost = ROWS - len(numbers(rows))
+    assert 0 < lost <= 3 * (PAGE // len(PAYLOAD))
+    assert salvage.unreadable == lost
+    assert len(rows) == len(numbers(rows))
+
+
+def test_a_truncated_file_gives_back_what_is_left_of_it(damaged: Path) -> None:
+    pages = pages_of_rows(damaged)
+    with damaged.open("r+b") as file:
+        file.truncate(pages[len(pages) // 2] * PAGE)
+    found = numbers(salvaged(Salvage(damaged, 0)))
+    assert len(found) > ROWS // 3
+    assert set(range(len(found))) == found
+
+
+def test_a_flipped_bit_costs_one_row_and_hides_none_behind_it(damaged: Path) -> None:
+    edit(damaged, "UPDATE reading_row SET site_code=CAST(x'D3' AS TEXT) WHERE seq IN (500, 900)")
+    edit(damaged, "UPDATE reading_row SET value=value+1 WHERE seq=1500")
+    salvage = Salvage(damaged, 0)
+    assert set(range(ROWS)) - numbers(salvaged(salvage)) == {499, 899, 1499}
+    assert salvage.unreadable == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000, b"SQLite format 3\0" + bytes(PAGE)])
+def test_a_file_without_a_readable_header_gives_back_nothing_and_ends(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "spool.db.damaged-x"
+    path.write_bytes(content)
+    salvage = Salvage(path, 0)
+    assert salvaged(salvage) == []
+    assert salvage.epoch == ""
+    assert salvage.position() == ""
+
+
+def test_a_missing_file_is_no_error(tmp_path: Path) -> None:
+    assert Salvage(tmp_path / "gone", 0).done
+
+
+@pytest.mark.parametrize("damage", [(), (50,), (10, 60)])
+def test_a_salvage_that_is_interrupted_after_any_step_goes_on_where_it_was(
+    damaged: Path, damage: tuple[int, ...]
+) -> None:
+    pages = pages_of_rows(damaged)
+    for page in damage:
+        garble(damaged, pages[page])
+    whole = salvaged(Salvage(damaged, 0))
+    rows: list[NewReading] = []
+    salvage = Salvage(damaged, 0)
+    while not salvage.done:
+        rows += salvage.step()
+        position = salvage.position()
+        salvage.close()
+        if position:
+            salvage = Salvage.resumed(position)
+    assert rows == whole
+
+
+def test_the_damaged_files_epoch_says_which_cursors_belong_to_it(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    epoch = writer.epoch
+    writer.close()
+    assert Salvage(set_aside(spool_path(tmp_path)), 0).epoch == epoch
+
+
+def test_skipping_never_goes_backwards(damaged: Path) -> None:
+    salvage = Salvage(damaged, 100)
+    salvage.skip_to(50)
+    salvage.skip_to(1990)
+    assert numbers(salvaged(salvage)) == set(range(1990, ROWS))
+
+
+def test_a_spool_is_set_aside_with_its_log_and_index(tmp_path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"spool.db{suffix}").write_text(suffix)
+    target = set_aside(spool_path(tmp_path), now_s=0)
+    assert target.name == "spool.db.damaged-19700101T000000Z"
+    names = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert names == {f"{target.name}{suffix}": suffix for suffix in ("", "-wal", "-shm")}
+
+
+def test_setting_aside_twice_in_a_second_overwrites_nothing(tmp_path: Path) -> None:
+    targets = []
+    for content in ("first", "second", "third"):
+        spool_path(tmp_path).write_text(content)
+        targets.append(set_aside(spool_path(tmp_path), now_s=0))
+    assert [target.read_text() for target in targets] == ["first", "second", "third"]
+    assert sorted(targets) == targets
+
+
+def test_rows_in_the_log_of_a_killed_collector_are_set_aside_too(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(1)], [], {})
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tmp_path.glob("spool.db*"):  # as a kill leaves them: the log not merged
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert salvaged(Salvage(set_aside(spool_path(copy)), 0)) == [new_reading(1)]
+
+
+def test_reading_a_garbage_page_is_corruption_to_a_forwarder_and_to_the_owner(
+    damaged: Path, tmp_path: Path
+) -> None:
+    pages = pages_of_rows(damaged)
+    garble(damaged, pages[len(pages) // 2])
+    damaged.rename(spool_path(tmp_path))
+    reader = SpoolReader.open(tmp_path)
+    with pytest.raises(CorruptFileError):
+        reader.read_after(0, ROWS, 10**9)
+    writer = SpoolWriter.open(tmp_path)
+    with pytest.raises(CorruptFileError):
+        writer.check_readable(0)
+    writer.check_readable(ROWS - 10)
