@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from bench import ingest
+from bench import drain, ingest
 from bench.report import Row, save, table
 
 CASES: dict[str, Callable[[int, int], list[Row]]] = {
     "ingest": ingest.rows,
+    "drain-pubsub": drain.pubsub_rows,
+    "drain-bigquery": drain.bigquery_rows,
 }
 
 

@@ -65,9 +65,7 @@ def collector(count: int, **environ: str) -> Run:
         before = process.usage()
         begun = time.perf_counter()
         publisher.say("go")
-        wait_for(
-            lambda: setup.spool_counter("received") >= count, "all are spooled", RUN_TIMEOUT_S
-        )
+        wait_for(lambda: setup.spool_counter("received") >= count, "all are spooled", RUN_TIMEOUT_S)
         seconds = time.perf_counter() - begun
         after = process.usage()
         spooled = setup.spool_counter("spooled")

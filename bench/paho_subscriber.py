@@ -4,7 +4,6 @@
 """
 
 import sys
-from typing import Any
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -14,14 +13,14 @@ def main(port: int, count: int) -> None:
     """Receive ``count`` messages at QoS 1 and end."""
     received = 0
 
-    def on_connect(client: mqtt.Client, *_: Any) -> None:
+    def on_connect(client: mqtt.Client, *_: object) -> None:
         client.subscribe("FCTS/FAE/+/SolvExtract/+", qos=1)
 
-    def on_subscribe(*_: Any) -> None:
+    def on_subscribe(*_: object) -> None:
         sys.stdout.write("subscribed\n")
         sys.stdout.flush()
 
-    def on_message(client: mqtt.Client, *_: Any) -> None:
+    def on_message(client: mqtt.Client, *_: object) -> None:
         nonlocal received
         received += 1
         if received == count:

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import time
+from functools import lru_cache
 
 SITES = 8
 TAGS = 500
@@ -21,20 +22,37 @@ PUBACK_BYTES = 4
 _EPOCH_S = 1_780_000_000
 
 
+def reading_us(number: int) -> int:
+    """Return when reading ``number`` was measured, in microseconds since 1970 UTC."""
+    return _EPOCH_S * 1_000_000 + number * 1000
+
+
+def reading_value(number: int) -> float:
+    """Return the value of reading ``number``."""
+    return float(f"{number % 9973 / 7:.4f}")
+
+
 def reading(number: int) -> tuple[bytes, bytes]:
     """Return topic and payload of reading ``number``; all differ, about 120 bytes."""
+    return reading_at(number, reading_us(number))
+
+
+def reading_at(number: int, micros: int) -> tuple[bytes, bytes]:
+    """Return topic and payload of a reading that was measured at ``micros``."""
     tag = number % TAGS
     site = tag % SITES
-    micros = number * 1000
-    seconds = time.strftime(
-        "%Y-%m-%dT%H:%M:%S", time.gmtime(_EPOCH_S + micros // 1_000_000)
-    )
     topic = f"FCTS/FAE/SITE{site}/SolvExtract/SX{site}_PIT_{tag:04d}"
     payload = (
         f'{{"site_code":"SITE{site}","sensor_id":"SX{site}-PIT-{tag:04d}","timestamp":'
-        f'"{seconds}.{micros % 1_000_000:06d}Z","value":{number % 9973 / 7:.4f}}}'
+        f'"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z","value":'
+        f"{number % 9973 / 7:.4f}}}"
     )
     return topic.encode(), payload.encode()
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def publish_packet(topic: bytes, payload: bytes, mid: int, qos: int = 1) -> bytes:

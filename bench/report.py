@@ -20,7 +20,8 @@ class Row:
         ours: Our figure in each round.
         reference: The reference's figure in each round; empty where only a limit counts.
         unit: Of both.
-        target: ``>= x`` or ``<= x``, of the ratio, or of our figure without a reference.
+        target: ``>= x`` or ``<= x``, of the ratio, or of our figure without a reference; empty
+            for a figure that is only reported.
         cpu_us: Our processor time per message in each round, in microseconds.
         rss_mb: Our resident memory at the end of each round.
         notes: What a reader must know, such as which server was used.
@@ -39,7 +40,11 @@ class Row:
     @property
     def ratios(self) -> list[float]:
         """Ours ÷ reference, round by round."""
-        return [a / b for a, b in zip(self.ours, self.reference, strict=True)] if self.reference else []
+        return (
+            [a / b for a, b in zip(self.ours, self.reference, strict=True)]
+            if self.reference
+            else []
+        )
 
     @property
     def judged(self) -> float:
@@ -49,6 +54,8 @@ class Row:
     @property
     def holds(self) -> bool:
         """Whether the target is met."""
+        if not self.target:
+            return True
         operator, limit = self.target.split()
         return self.judged >= float(limit) if operator == ">=" else self.judged <= float(limit)
 
@@ -64,23 +71,36 @@ def _median(values: Sequence[float]) -> str:
     return _number(statistics.median(values)) if values else "-"
 
 
+def _verdict(row: Row) -> str:
+    if not row.target:
+        return "-"
+    return "yes" if row.holds else "NO"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{_number(min(values))} … {_number(max(values))}"
+
+
 def table(rows: Iterable[Row]) -> str:
     """Return the table as Markdown."""
     lines = [
-        "| name | ours | reference | ratio (min … max) | target | holds | CPU µs/msg | RSS MB |",
+        "| name | ours (min … max) | reference | ratio (min … max) | target | holds | CPU µs | RSS MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for row in rows:
         ratios = row.ratios
-        spread = (
-            f"{_median(ratios)} ({_number(min(ratios))} … {_number(max(ratios))})" if ratios else "-"
-        )
-        lines.append(
-            f"| {row.name} | {_median(row.ours)} {row.unit} | {_median(row.reference)} | {spread} | "
-            f"{row.target} | {'yes' if row.holds else 'NO'} | {_median(row.cpu_us)} | "
-            f"{_median(row.rss_mb)} |"
-        )
+        cells = [
+            row.name,
+            f"{_median(row.ours)} {row.unit} ({_spread(row.ours)})",
+            _median(row.reference),
+            f"{_median(ratios)} ({_spread(ratios)})" if ratios else "-",
+            row.target or "-",
+            _verdict(row),
+            _median(row.cpu_us),
+            _median(row.rss_mb),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
         notes += [f"- **{row.name}**: {row.what}", *(f"  - {note}" for note in row.notes)]
     return "\n".join([*lines, "", *notes])
 

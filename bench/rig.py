@@ -132,13 +132,15 @@ def rig() -> Iterator[Rig]:
             made.close()
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+def wait_for(
+    condition: Callable[[], bool], what: str, timeout_s: float, every_s: float = 0.005
+) -> None:
     """Look every few milliseconds until ``condition`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise BenchError(f"in {timeout_s:.0f} s it did not happen that {what}")
-        time.sleep(0.005)
+        time.sleep(every_s)
 
 
 def _listening(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -56,7 +57,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
         return _report_settings(error)
     configure_logging(program.role, settings.log_level, settings.log_format)
     stop = StopRequest(supervised=environ.get("SUPERVISOR_ENABLED") == "1")
-    stop.install()
+    stop.install(on_overdue=_leave_overdue)
     code = _run_body(program, settings, stop)
     if code is ExitCode.STORAGE:
         deadline = started + STORAGE_FAULT_MIN_UPTIME_S
@@ -64,6 +65,8 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
         # outside cuts this short.
         while not stop.from_outside and (left_s := deadline - time.monotonic()) > 0:
             stop.sleep(left_s)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    stop.close()
     return code
 
 
@@ -124,6 +127,12 @@ def _report_settings(error: SettingsError) -> ExitCode:
     for number, problem in enumerate(error.problems, 1):
         log.critical("configuration %d/%d: %s", number, count, problem)
     return ExitCode.CONFIG
+
+
+def _leave_overdue() -> NoReturn:
+    # What is in hand is not settled, so it is not lost: it is delivered, or received, again.
+    log.warning("something did not end in time and is given up; it is done again at the next start")
+    leave(ExitCode.CLEAN)
 
 
 def leave(code: ExitCode) -> NoReturn:

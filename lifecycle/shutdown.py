@@ -4,7 +4,11 @@ import os
 import select
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
+
+STOP_GRACE_S = 8.0
+"""Within 10 s of SIGTERM a program has ended, whatever it waits for."""
 
 
 class StopRequest:
@@ -23,17 +27,29 @@ class StopRequest:
         self._requested = False
         self._reason = ""
         self._from_outside = False
+        self._grace_s = STOP_GRACE_S
         self._parent = os.getppid() if supervised else 0
         self._receiver, self._sender = socket.socketpair()
         self._receiver.settimeout(0)
         self._sender.settimeout(0)
 
-    def install(self) -> None:
-        """Take over SIGTERM and SIGINT. Call from the main thread."""
+    def install(self, on_overdue: Callable[[], object], grace_s: float = STOP_GRACE_S) -> None:
+        """Take over SIGTERM and SIGINT. Call from the main thread.
+
+        Args:
+            on_overdue: Called, in the main thread, when the program has not ended in time.
+            grace_s: How long it has from the first wish to stop.
+        """
+        self._grace_s = grace_s
+        signal.signal(signal.SIGALRM, lambda *_: on_overdue())
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self._from_outside:
+            # A timer of the kernel, because the main thread may be waiting for a service that
+            # never answers; it interrupts that.
+            signal.setitimer(signal.ITIMER_REAL, self._grace_s)
         self._from_outside = True
         self.request(signal.Signals(number).name)
 
@@ -48,8 +64,8 @@ class StopRequest:
         """End the current or the next wait, from any thread."""
         try:
             self._sender.send(b"\0")
-        except BlockingIOError:
-            return  # enough wake-ups are waiting to be read already
+        except OSError:
+            return  # enough wake-ups are waiting to be read already, or this is closed
 
     @property
     def requested(self) -> bool:
@@ -92,3 +108,8 @@ class StopRequest:
         """Sleep until a wake-up or for ``timeout_s``, even where the stop was asked for."""
         select.select([self._receiver], [], [], timeout_s)
         self.drain()
+
+    def close(self) -> None:
+        """Give the descriptors back. A later wake-up has no effect."""
+        self._receiver.close()
+        self._sender.close()

@@ -1,0 +1,180 @@
+"""Rows 3 and 4: from the disk to the services, beside the official clients."""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+
+from bench.fill import APP_ENV, fill
+from bench.processes import BenchError, Process
+from bench.report import Row
+from bench.rig import START_TIMEOUT_S, Rig, rig, wait_for
+from bench.servers import (
+    TABLE_REF,
+    PubSub,
+    bigquery_environ,
+    fake_bigquery,
+    pubsub_servers,
+)
+from spool import sink_path
+
+RUN_TIMEOUT_S = 600.0
+LOOK_EVERY_S = 0.05
+"""Each look opens the sink's file; more often would take time from what is measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One drain."""
+
+    per_s: float
+    cpu_us: float
+    rss_mb: float = 0.0
+
+
+def draining_since(process: Process) -> float:
+    """Return when the forwarder logged that it begins, in seconds since 1970."""
+    text = process.wait_output('"draining"', START_TIMEOUT_S)
+    for line in text.splitlines():
+        if line.startswith("{") and (entry := json.loads(line))["message"] == "draining":
+            return datetime.fromisoformat(entry["time"]).timestamp()
+    raise BenchError(f"no line of {process.name} says 'draining':\n{text[-2000:]}")
+
+
+def cursor(setup: Rig, sink: str) -> tuple[int, float]:
+    """Return the sink's position, and when it was reached, in seconds since 1970."""
+    path = sink_path(setup.spool_dir, sink)
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as conn:
+        row = conn.execute("SELECT seq, updated_us FROM cursor").fetchone()
+    return (int(row[0]), int(row[1]) / 1e6) if row else (0, 0.0)
+
+
+def forwarder(setup: Rig, sink: str, count: int, first: int, environ: Mapping[str, str]) -> Run:
+    """Have the forwarder drain what follows ``first``; from its first look to its last sync."""
+    process = setup.forwarder(sink, APP_ENV=APP_ENV, LOG_LEVEL="INFO", **environ)
+    begun = draining_since(process)
+    before = process.usage()
+    wait_for(
+        lambda: cursor(setup, sink)[0] >= first + count,
+        f"the cursor of {sink} stands at {first + count}",
+        RUN_TIMEOUT_S,
+        LOOK_EVERY_S,
+    )
+    after = process.usage()
+    seq, ended = cursor(setup, sink)
+    delivered = setup.sink_counter(sink)
+    dead = setup.sink_counter(sink, "dead_lettered") + setup.sink_counter(sink, "dropped")
+    if (seq, delivered, dead) != (first + count, count, 0):
+        raise BenchError(f"{sink}: cursor {seq}, delivered {delivered} of {count}, lost {dead}")
+    cpu_us = (after.cpu_s - before.cpu_s) * 1e6 / count
+    return Run(count / (ended - begun), cpu_us, after.rss_bytes / 1e6)
+
+
+def reference(setup: Rig, arguments: list[str], count: int, **environ: str) -> Run:
+    """Run a reference program, which prepares its messages and prints its seconds."""
+    name = arguments[0].rpartition(".")[2]
+    process = setup.start(Process.python(name, arguments, setup.directory, environ))
+    process.wait_output("ready", RUN_TIMEOUT_S)
+    process.say("go")
+    process.wait_output("done ", RUN_TIMEOUT_S)
+    seconds, cpu_s = map(float, process.output().rpartition("done ")[2].split())
+    return Run(count / seconds, cpu_s * 1e6 / count)
+
+
+def to_pubsub(server: PubSub, count: int) -> Run:
+    """Fill a spool and drain it to a new topic of ``server``."""
+    with rig() as setup:
+        fill(setup.spool_dir, count)
+        topic = server.new_topic()
+        run = forwarder(setup, "pubsub", count, 0, server.environ(topic))
+        _all_arrived(server.count(topic, count), count, "the forwarder")
+        return run
+
+
+def official_pubsub(server: PubSub, count: int) -> Run:
+    """Publish the same with the official client."""
+    with rig() as setup:
+        topic = server.new_topic()
+        run = reference(
+            setup,
+            ["bench.official_publisher", topic, str(count)],
+            count,
+            PUBSUB_EMULATOR_HOST=server.address,
+        )
+        _all_arrived(server.count(topic, count), count, "the official publisher")
+        return run
+
+
+def to_bigquery(count: int) -> Run:
+    """Fill a spool and drain it to a new fake of BigQuery, by insert_all."""
+    with rig() as setup:
+        fill(setup.spool_dir, count)
+        fake = fake_bigquery(setup.directory)
+        setup.start(fake.process)
+        environ = {**bigquery_environ(fake), "BIGQUERY_WRITE_METHOD": "insert_all"}
+        run = forwarder(setup, "bigquery", count, 0, environ)
+        _all_arrived(fake.counts()["tables"][TABLE_REF], count, "the forwarder")
+        return run
+
+
+def plain_bigquery(count: int) -> Run:
+    """Insert the same rows in a plain loop."""
+    with rig() as setup:
+        fake = fake_bigquery(setup.directory)
+        setup.start(fake.process)
+        url = f"http://127.0.0.1:{fake.port}"
+        run = reference(setup, ["bench.insert_rows_loop", url, TABLE_REF, str(count)], count)
+        _all_arrived(fake.counts()["tables"][TABLE_REF], count, "the plain loop")
+        return run
+
+
+def _all_arrived(arrived: int, count: int, who: str) -> None:
+    if arrived != count:
+        raise BenchError(f"{arrived} of {count} messages of {who} arrived")
+
+
+def _add(row: Row, ours: Run, theirs: Run) -> None:
+    row.ours.append(ours.per_s)
+    row.reference.append(theirs.per_s)
+    row.cpu_us.append(ours.cpu_us)
+    row.rss_mb.append(ours.rss_mb)
+    row.notes[1:] = [f"CPU of the reference: {theirs.cpu_us:.1f} µs a message (last round)"]
+
+
+def pubsub_rows(rounds: int, count: int) -> list[Row]:
+    """Return row 3, one per server."""
+    rows = []
+    with pubsub_servers() as servers:
+        for server in servers:
+            suffix = "" if server.name == "in-repo fake" else "-emulator"
+            row = Row(
+                f"drain-pubsub{suffix}",
+                f"forwarder pubsub, {count:,} readings of 8 sites, ordered ÷ the official "
+                "PublisherClient.publish() with ordering keys",
+                "msg/s",
+                ">= 10",
+                notes=[f"server: {server.name}, counted there; cursor at the end"],
+            )
+            # The first run of a Java server is its slowest.
+            official_pubsub(server, count)
+            for _ in range(rounds):
+                _add(row, to_pubsub(server, count), official_pubsub(server, count))
+            rows.append(row)
+    return rows
+
+
+def bigquery_rows(rounds: int, count: int) -> list[Row]:
+    """Return row 4."""
+    row = Row(
+        "drain-bigquery",
+        f"forwarder bigquery by insert_all, {count:,} readings ÷ a plain loop of "
+        "insert_rows_json with 500 rows a call",
+        "rows/s",
+        ">= 3",
+        notes=["server: in-repo fake, counted there; cursor at the end"],
+    )
+    for _ in range(rounds):
+        _add(row, to_bigquery(count), plain_bigquery(count))
+    return [row]

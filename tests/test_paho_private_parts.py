@@ -1,0 +1,117 @@
+"""The private parts of paho that collector/paho_client.py relies on are what they were."""
+
+import inspect
+import socket
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import MQTTErrorCode
+
+from collector.packets import Message
+from collector.paho_client import FastClient, ack_packets
+
+CONNACK = b"\x20\x02\x00\x00"
+
+
+class _Wire:
+    """A client on one end of a socket pair, as after its CONNECT."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.client = FastClient("test", 1000, self.messages.extend)
+        self.far, near = socket.socketpair()
+        near.settimeout(0)
+        self.far.settimeout(2)
+        self.client._sock = near  # noqa: SLF001 - what connect() would set
+
+    def receive(self, data: bytes) -> MQTTErrorCode:
+        self.far.sendall(data)
+        return self.client.loop_read()
+
+    def close(self) -> None:
+        self.client._sock_close()  # noqa: SLF001 - as at the end of a connection
+        self.far.close()
+
+
+def test_the_names_exist_with_the_signatures_that_are_used() -> None:
+    client = paho.Client
+    assert list(inspect.signature(client._packet_read).parameters) == ["self"]  # noqa: SLF001
+    assert list(inspect.signature(client._packet_handle).parameters) == ["self"]  # noqa: SLF001
+    assert list(inspect.signature(client._sock_recv).parameters) == ["self", "bufsize"]  # noqa: SLF001
+    queue = list(inspect.signature(client._packet_queue).parameters)  # noqa: SLF001
+    assert queue[:5] == ["self", "command", "packet", "mid", "qos"]
+    instance = FastClient("test", 1000, lambda _: None)
+    for name in ("_in_packet", "_last_bytes_received", "_ping_t", "_out_packet"):
+        assert name in vars(instance), name
+    assert set(instance._in_packet) == {  # noqa: SLF001
+        "command",
+        "have_remaining",
+        "remaining_count",
+        "remaining_mult",
+        "remaining_length",
+        "packet",
+        "to_process",
+        "pos",
+    }
+
+
+def test_paho_reads_by_packet_read_and_handles_what_is_no_publish() -> None:
+    wire = _Wire()
+    connected: list[bool] = []
+    wire.client.on_connect = lambda _c, _u, flags, *_: connected.append(flags.session_present)
+    publish = b"\x32\x07\x00\x01t\x00\x07hi"
+    assert wire.receive(CONNACK + publish) == MQTTErrorCode.MQTT_ERR_SUCCESS
+    assert connected == [False]
+    assert wire.messages == [Message(b"t", b"hi", 1, retained=False, mid=7, size=2)]
+    wire.close()
+
+
+def test_acknowledgements_go_out_as_one_buffer_in_order() -> None:
+    wire = _Wire()
+    wire.client.send_acks([(1, 7), (1, 8), (2, 9)])
+    assert wire.far.recv(100) == b"\x40\x02\x00\x07\x40\x02\x00\x08\x50\x02\x00\x09"
+    assert ack_packets([]) == b""
+    wire.close()
+
+
+def test_nothing_is_acknowledged_by_itself() -> None:
+    wire = _Wire()
+    wire.receive(CONNACK + b"\x32\x07\x00\x01t\x00\x07hi")
+    wire.far.settimeout(0.2)
+    try:
+        answer = wire.far.recv(100)
+    except TimeoutError:
+        answer = b""
+    assert answer == b""
+    wire.close()
+
+
+def test_a_qos_2_message_is_completed_although_nobody_asked_for_qos_2() -> None:
+    wire = _Wire()
+    wire.receive(CONNACK + b"\x34\x07\x00\x01t\x00\x07hi")
+    assert wire.messages[0].qos == 2
+    wire.client.send_acks([(2, 7)])
+    assert wire.far.recv(100) == b"\x50\x02\x00\x07"
+    wire.receive(b"\x62\x02\x00\x07")
+    assert wire.far.recv(100) == b"\x70\x02\x00\x07"
+    wire.close()
+
+
+def test_a_malformed_packet_ends_the_connection_and_says_why() -> None:
+    wire = _Wire()
+    assert wire.receive(CONNACK + b"\x36\x05\x00\x01t\x00\x07") == MQTTErrorCode.MQTT_ERR_PROTOCOL
+    assert "QoS 3" in wire.client.malformed
+    assert wire.client.socket() is None
+    wire.far.close()
+
+
+def test_an_unread_connection_is_kept_alive_by_pings() -> None:
+    wire = _Wire()
+    wire.receive(CONNACK)
+    wire.client._keepalive = 1  # noqa: SLF001 - no test should last a minute
+    for _ in range(3):
+        wire.client._last_msg_out -= 2  # noqa: SLF001 - two seconds later
+        wire.client.keep_alive_unread()
+        assert wire.client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS
+        assert wire.far.recv(100) == b"\xc0\x00"
+    assert wire.client.socket() is not None
+    wire.close()
