@@ -1,6 +1,6 @@
 """The Pub/Sub sink: ordered per site, sites in parallel, one request in flight per key.
 
-It uses the generated low-level client's channel and raw protobuf messages. The official
+It uses the generated low-level client's channel and messages in protobuf's own bytes. The official
 publisher on top of it batches in threads of its own, at 16 times the CPU, and pauses an
 ordering key after an error until it is told to resume; a spool needs neither.
 
@@ -22,13 +22,11 @@ import grpc
 from google.auth.credentials import AnonymousCredentials
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
-from google.pubsub_v1.types import PublishRequest as _PublishRequest
 from google.pubsub_v1.types import PublishResponse as _PublishResponse
-from google.pubsub_v1.types import PubsubMessage as _PubsubMessage
 
-from forwarder.event import SCHEMA_VERSION, kpi_event
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
 from forwarder.sink import Delivery, Fault, FaultKind
+from forwarder.wire import MessageEncoder
 from lifecycle import Settings
 from spool import DeadLetter, Reading
 
@@ -60,9 +58,7 @@ CHANNEL_OPTIONS = (
 )
 PUBLISH_METHOD = "/google.pubsub.v1.Publisher/Publish"
 
-PublishRequest = _PublishRequest.pb()
 PublishResponse = _PublishResponse.pb()
-PubsubMessage = _PubsubMessage.pb()
 
 
 @dataclass
@@ -91,7 +87,7 @@ class PubSubSink:
         self._topic = topic
         self._emulator = settings.pubsub_emulator_host
         self._endpoint = settings.pubsub_endpoint
-        self._source = settings.instance_id
+        self._encoder = MessageEncoder(topic, settings.instance_id)
         self._metadata = (("x-goog-request-params", f"topic={topic}"),)
         self._client: PublisherClient | None = None
         self._publish: grpc.UnaryUnaryMultiCallable | None = None
@@ -139,7 +135,7 @@ class PubSubSink:
         self._client = PublisherClient(transport=transport)
         self._publish = transport.grpc_channel.unary_unary(
             PUBLISH_METHOD,
-            request_serializer=PublishRequest.SerializeToString,
+            request_serializer=None,  # they are bytes already: forwarder/wire.py
             response_deserializer=PublishResponse.FromString,
         )
 
@@ -187,28 +183,13 @@ class PubSubSink:
         if not lane.waiting or self._publish is None:
             return 0
         rows = lane.waiting.popleft()
-        request = PublishRequest(topic=self._topic, messages=[self._message(r) for r in rows])
-        if len(rows) > 1 and request.ByteSize() > REQUEST_MAX_BYTES:
+        request = self._encoder.request(map(self._encoder.message, rows))
+        if len(rows) > 1 and len(request) > REQUEST_MAX_BYTES:
             _split(lane, rows)
             return self._send_next(lane, ended)
         future = self._publish.future(request, timeout=DEADLINE_S, metadata=self._metadata)
         future.add_done_callback(lambda done: ended.put((done, lane, rows)))
         return 1
-
-    def _message(self, row: Reading) -> object:
-        site = row[4]
-        return PubsubMessage(
-            data=kpi_event(row),
-            attributes={
-                "event_id": row[1].hex(),
-                "site_code": site,
-                "kpi_name": row[6],
-                "source": self._source,
-                "seq": str(row[0]),
-                "schema_version": str(SCHEMA_VERSION),
-            },
-            ordering_key=site,
-        )
 
     def _judge(
         self, future: grpc.Future, lane: _Lane, sent: list[Reading], delivery: Delivery
