@@ -461,7 +461,9 @@ restart_mosquitto() {
   # write, and Mosquitto ends. The directory is the unit's business otherwise.
   install -d -m 0755 -o mosquitto -g mosquitto /run/mosquitto
   rm -f /run/mosquitto/mosquitto.pid
-  start-stop-daemon --start --quiet --background --exec /usr/sbin/mosquitto -- \
+  # By its pid file: another Mosquitto on this machine (a demo's) is not this one.
+  start-stop-daemon --start --quiet --background --pidfile /run/mosquitto/mosquitto.pid \
+    --exec /usr/sbin/mosquitto -- \
     -c /etc/mosquitto/mosquitto.conf 9>&- ||
     die "Mosquitto does not start." "Its reason: tail /var/log/mosquitto/mosquitto.log"
 }

@@ -3,12 +3,10 @@
 Nothing here talks to the service.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from forwarder.event import rfc3339
 from forwarder.sink import Fault, FaultKind
-from spool import Reading
 
 PARTITION_COLUMN = "timestamp"
 CLUSTER_COLUMNS = ("site_code", "pi_tag")
@@ -23,14 +21,12 @@ class Column:
         sql_type: As in GoogleSQL.
         accepted: Types of an existing column that take our values, in the API's spelling.
         required: Whether a table without it is unusable.
-        value: Makes the JSON value of a row.
     """
 
     name: str
     sql_type: str
     accepted: frozenset[str]
     required: bool
-    value: Callable[[Reading, str], object]
 
 
 _STRING = frozenset({"STRING"})
@@ -39,19 +35,18 @@ _INTEGER = frozenset({"INTEGER", "INT64", "NUMERIC", "BIGNUMERIC"})
 _FLOAT = frozenset({"FLOAT", "FLOAT64"})
 
 COLUMNS = (
-    Column("event_id", "STRING", _STRING, required=True, value=lambda r, _: r[1].hex()),
-    Column("site_code", "STRING", _STRING, required=True, value=lambda r, _: r[4]),
-    Column("sensor_id", "STRING", _STRING, required=True, value=lambda r, _: r[5]),
-    Column("pi_tag", "STRING", _STRING, required=True, value=lambda r, _: r[6]),
-    Column("timestamp", "TIMESTAMP", _TIMESTAMP, required=True, value=lambda r, _: rfc3339(r[3])),
-    Column("value", "FLOAT64", _FLOAT, required=True, value=lambda r, _: r[7]),
-    Column("topic", "STRING", _STRING, required=False, value=lambda r, _: r[8]),
-    Column("payload", "STRING", _STRING, required=False, value=lambda r, _: r[9].decode()),
-    Column(
-        "received_at", "TIMESTAMP", _TIMESTAMP, required=False, value=lambda r, _: rfc3339(r[2])
-    ),
-    Column("source", "STRING", _STRING, required=False, value=lambda _, source: source),
-    Column("seq", "INT64", _INTEGER, required=False, value=lambda r, _: r[0]),
+    # forwarder/insertbody.py makes the values, in this order.
+    Column("event_id", "STRING", _STRING, required=True),
+    Column("site_code", "STRING", _STRING, required=True),
+    Column("sensor_id", "STRING", _STRING, required=True),
+    Column("pi_tag", "STRING", _STRING, required=True),
+    Column("timestamp", "TIMESTAMP", _TIMESTAMP, required=True),
+    Column("value", "FLOAT64", _FLOAT, required=True),
+    Column("topic", "STRING", _STRING, required=False),
+    Column("payload", "STRING", _STRING, required=False),
+    Column("received_at", "TIMESTAMP", _TIMESTAMP, required=False),
+    Column("source", "STRING", _STRING, required=False),
+    Column("seq", "INT64", _INTEGER, required=False),
 )
 
 

@@ -15,6 +15,7 @@ from forwarder.faults import (
     blame_http,
     credential_fault,
 )
+from forwarder.insertbody import column_values
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import CLUSTER_COLUMNS, COLUMNS, ExistingColumn, ddl, match
 from spool import Reading
@@ -237,16 +238,17 @@ def test_the_ddl_creates_every_column_partitioned_and_clustered() -> None:
 
 
 def test_a_row_fills_every_column() -> None:
-    row: Reading = (42, *new_reading(1, payload='{"n":"é"}'.encode()))
-    values = {c.name: c.value(row, "gate-1") for c in COLUMNS}
+    filled = row(42, '{"n":"é"}')
+    names = [column.name for column in COLUMNS]
+    values = dict(zip(names, column_values(filled, "gate-1"), strict=True))
     assert values == {
-        "event_id": row[1].hex(),
+        "event_id": filled[1].hex(),
         "site_code": "S1",
         "sensor_id": "PT-1",
         "pi_tag": "TI-101.PV",
         "timestamp": "2023-11-14T22:13:20.123456Z",
         "value": 1.5,
-        "topic": row[8],
+        "topic": filled[8],
         "payload": '{"n":"é"}',
         "received_at": "2023-11-14T22:13:20.000000Z",
         "source": "gate-1",

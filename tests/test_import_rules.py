@@ -1,6 +1,7 @@
-"""The structure that ARCHITECTURE.md promises, held to by reading the code."""
+"""The rules of who may import whom, read the environment, and end the process."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,105 +9,195 @@ from pathlib import Path
 
 import pytest
 
-import lifecycle
-import spool
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("spool", "lifecycle", "collector", "forwarder")
-FORBIDDEN = {
-    "spool": {"lifecycle", "collector", "forwarder"},
-    "lifecycle": {"spool", "collector", "forwarder"},
-    "collector": {"forwarder"},
-    "forwarder": {"collector"},
-}
-ADAPTERS = {
-    "paho": {"collector/mqtt.py", "collector/paho_client.py"},
-    "google": {"forwarder/pubsub.py", "forwarder/bigquery.py"},
-    "grpc": {"forwarder/pubsub.py", "forwarder/bigquery.py"},
-    "requests": {"forwarder/bigquery.py"},
-    "dotenv": {"lifecycle/environment.py"},
-    "sqlite_utils": {"spool/migrations.py"},
-}
-CLOUD = ("google", "grpc", "requests")
+ROOT = Path(__file__).parent.parent
+BASES = ("spool", "lifecycle")
+PROGRAMS = ("collector", "forwarder")
+PACKAGES = (*BASES, *PROGRAMS)
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), relative(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every dotted name that the module imports, wherever in it."""
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
+            assert node.level == 0, f"{relative(path)}: imports are absolute"
             yield node.module or ""
 
 
-def uses(tree: ast.Module, owner: str, names: set[str]) -> bool:
-    return any(
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == owner
-        and node.attr in names
-        for node in ast.walk(tree)
+def importers(*packages: str) -> set[str]:
+    """Return the modules that import one of these packages, or something in it."""
+    return {
+        relative(path)
+        for path in MODULES
+        for name in imports(path)
+        if any(name == package or name.startswith(f"{package}.") for package in packages)
+    }
+
+
+def uses(path: Path, owner: str, names: set[str]) -> bool:
+    """Return whether the module mentions ``owner.name`` or imports it from there."""
+    wanted = {f"{owner}.{name}" for name in names}
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return bool(wanted & found)
+
+
+def test_there_are_modules_to_check() -> None:
+    assert len(MODULES) > 40
+    assert {path.parent.name for path in MODULES} >= set(PACKAGES)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_bases_import_no_sibling(base: str) -> None:
+    others = [package for package in PACKAGES if package != base]
+    assert not {m for m in importers(*others) if m.startswith(f"{base}/")}
+
+
+def test_the_programs_never_import_each_other() -> None:
+    assert not {m for m in importers("forwarder") if m.startswith("collector/")}
+    assert not {m for m in importers("collector") if m.startswith("forwarder/")}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_neighbours_import_only_from_a_bases_root(base: str) -> None:
+    deep = {
+        relative(path): name
+        for path in MODULES
+        if path.relative_to(ROOT).parts[0] != base
+        for name in imports(path)
+        if name.startswith(f"{base}.")
+    }
+    assert not deep
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> None:
+    tree = parsed(ROOT / base / "__init__.py")
+    (listed,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+
+    def as_ruff_sorts(name: str) -> tuple[int, str]:
+        return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+    assert listed == sorted(listed, key=as_ruff_sorts)
+    assert len(listed) == len(set(listed))
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(listed) == imported
+
+
+@pytest.mark.parametrize(
+    ("third_party", "allowed"),
+    [
+        (("paho",), {"collector/mqtt.py", "collector/paho_client.py"}),
+        (("google", "grpc"), {"forwarder/pubsub.py", "forwarder/bigquery.py"}),
+        (("requests",), {"forwarder/bigquery.py"}),
+        (("dotenv",), {"lifecycle/environment.py"}),
+    ],
+)
+def test_a_client_is_imported_only_by_its_adapter(
+    third_party: tuple[str, ...], allowed: set[str]
+) -> None:
+    assert importers(*third_party) == allowed
+
+
+def test_sqlite_is_imported_only_by_the_spool() -> None:
+    found = importers("sqlite3", "sqlite_utils")
+    assert found
+    assert {module.split("/")[0] for module in found} == {"spool"}
+    assert importers("sqlite_utils") == {"spool/migrations.py"}
+
+
+def test_only_main_reads_the_environment() -> None:
+    found = {
+        relative(path)
+        for path in MODULES
+        if uses(path, "os", {"environ", "getenv", "environb", "getenvb"})
+    }
+    assert found == {"collector/__main__.py", "forwarder/__main__.py"}
+
+
+def test_only_leave_ends_the_process() -> None:
+    found = {
+        relative(path)
+        for path in MODULES
+        if uses(path, "os", {"_exit", "abort", "kill", "execv"})
+        or uses(path, "sys", {"exit"})
+        or any(
+            isinstance(node, ast.Name) and node.id in {"exit", "quit", "SystemExit"}
+            for node in ast.walk(parsed(path))
+        )
+    }
+    assert found == {"lifecycle/program.py"}
+    watchdogs = {
+        relative(path) for path in MODULES if uses(path, "faulthandler", {"dump_traceback_later"})
+    }
+    assert watchdogs == {"lifecycle/watchdog.py"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Return the top names of sys.modules after ``code`` in a process of its own."""
+    script = f"{code}\nimport sys\nprint(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)},
     )
+    return set(done.stdout.split())
 
 
-def test_siblings_are_imported_only_where_allowed_and_only_from_their_root() -> None:
-    for path, tree in modules():
-        package = path.split("/")[0]
-        for name in imports(tree):
-            top = name.split(".")[0]
-            assert top not in FORBIDDEN[package], f"{path} imports {name}"
-            if top in PACKAGES and top != package:
-                assert name == top, f"{path} reaches into {name}"
-
-
-def test_each_third_party_client_has_its_own_adapter() -> None:
-    seen = set()
-    for path, tree in modules():
-        for name in imports(tree):
-            top = name.split(".")[0]
-            if top in ADAPTERS:
-                seen.add(top)
-                assert path in ADAPTERS[top], f"{path} imports {name}"
-            if top == "sqlite3":
-                assert path.startswith("spool/"), f"{path} imports sqlite3"
-    assert seen == set(ADAPTERS), "a rule about a library that nobody imports proves nothing"
-
-
-def test_only_main_reads_the_environment_and_only_leave_exits() -> None:
-    for path, tree in modules():
-        if not path.endswith("__main__.py"):
-            assert not uses(tree, "os", {"environ", "getenv", "putenv"}), path
-        assert not uses(tree, "sys", {"exit"}), path
-        if path != "lifecycle/program.py":
-            assert not uses(tree, "os", {"_exit", "abort"}), path
-        assert not any(isinstance(n, ast.Name) and n.id == "SystemExit" for n in ast.walk(tree))
-
-
-@pytest.mark.parametrize("package", [spool, lifecycle])
-def test_a_package_lists_its_surface_sorted_and_in_full(package: object) -> None:
-    names = getattr(package, "__all__")  # noqa: B009 - of either module
-    # The formatter's order: constants, classes, functions, each sorted.
-    kinds = [0 if n.isupper() else 1 if n[0].isupper() else 2 for n in names]
-    assert list(zip(kinds, names, strict=True)) == sorted(zip(kinds, names, strict=True))
-    assert all(hasattr(package, name) for name in names)
-
-
-@pytest.mark.parametrize("arguments", ["collector.__main__", "forwarder.__main__"])
-def test_local_imports_no_cloud_client(arguments: str) -> None:
-    code = (
-        f"import sys, {arguments}\n"
+def test_local_imports_no_cloud_client() -> None:
+    loaded = imported_by(
+        "import forwarder.__main__\n"
         "from forwarder.registry import build\n"
         "from lifecycle import load_settings\n"
-        "build('pubsub', load_settings({'APP_ENV': 'LOCAL'}, 'h'))\n"
-        f"print(sorted(set(m.split('.')[0] for m in sys.modules) & set({CLOUD!r})))"
+        "settings = load_settings({'APP_ENV': 'LOCAL'}, 'h')\n"
+        "for name in ('pubsub', 'bigquery'): build(name, settings).deliver([])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    assert "forwarder.logsink" in loaded
+    assert not {m for m in loaded if m.split(".")[0] in {"google", "grpc", "requests", "paho"}}
+
+
+@pytest.mark.parametrize(
+    ("sink", "stranger"), [("pubsub", "google.cloud.bigquery"), ("bigquery", "google.pubsub_v1")]
+)
+def test_a_forwarder_does_not_import_the_other_ones_client(sink: str, stranger: str) -> None:
+    loaded = imported_by(
+        "from forwarder.registry import build\n"
+        "from lifecycle import load_settings\n"
+        "settings = load_settings({'APP_ENV': 'DEV', 'GCP_PROJECT_ID': 'p-1', 'PUBSUB_TOPIC': "
+        "'ttt', 'BIGQUERY_DATASET': 'd', 'BIGQUERY_TABLE': 't'}, 'h')\n"
+        f"build({sink!r}, settings).close()\n"
     )
-    assert result.stdout.strip() == "[]"
+    assert f"forwarder.{sink}" in loaded
+    assert stranger not in loaded
+
+
+def test_the_collector_imports_no_cloud_client_and_no_migrations() -> None:
+    loaded = imported_by("import collector.__main__")
+    assert "collector.mqtt" in loaded
+    assert not {m for m in loaded if m.split(".")[0] in {"google", "grpc", "sqlite_utils"}}

@@ -1,213 +1,393 @@
-"""One contract for every sink, over real sockets: see forwarder/sink.py."""
+"""One contract for every sink: each row is delivered, to be tried again, or dead; never lost."""
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Iterator, Sequence
 
 import grpc
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import forwarder.bigquery
+import forwarder.pubsub
 from forwarder.bigquery import InsertAllSink
-from forwarder.event import kpi_event
 from forwarder.logsink import LogSink
 from forwarder.pubsub import PubSubSink
-from forwarder.sink import FaultKind, Sink
+from forwarder.sink import Delivery, FaultKind, Sink
 from lifecycle import load_settings
-from spool import Reading, event_id, row_crc
-from tests.harness.cloud import Cloud
+from spool import Reading
+from tests.fakes import FakeBigQuery, FakePubSub
+from tests.test_spool_writer import new_reading
 
-SITES = ("A", "B", "C")
-
-
-def row(seq: int, *, site: str | None = None, tag: str = "T", pad: int = 0) -> Reading:
-    """Return a whole row; its value is its seq."""
-    site = site if site is not None else SITES[seq % len(SITES)]
-    topic = f"FCTS/FAE/{site}/SolvExtract/{tag}" + "x" * pad
-    payload = f'{{"n":{seq}}}'.encode()
-    identity = event_id(topic.encode(), payload)
-    now_us = 1_795_500_000_000_000 + seq
-    crc = row_crc(identity, (now_us, now_us, float(seq)), f"{site}s{tag}{topic}", payload)
-    return (seq, identity, now_us, now_us, site, "s", tag, float(seq), topic, payload, crc)
+TABLE = "p-1.d.readings"
+TOPIC = "projects/p-1/topics/readings"
+SITES = ("S1", "S2", "S3")
+NOW_US = time.time_ns() // 1000
 
 
-def rows(count: int) -> list[Reading]:
-    return [row(seq) for seq in range(1, count + 1)]
+def readings(
+    count: int, *, sites: Sequence[str] = SITES, sensor: str = "", payload: bytes | None = None
+) -> list[Reading]:
+    """Return whole rows of now: BigQuery takes no others into a partitioned table."""
+    rows: list[Reading] = []
+    for seq in range(1, count + 1):
+        row = list(new_reading(seq, site=sites[seq % len(sites)], payload=payload))
+        row[1] = row[2] = NOW_US
+        if sensor:
+            row[4] = sensor
+        rows.append((seq, *row))  # type: ignore[arg-type]
+    return rows
 
 
-@dataclass
-class Case:
-    """A sink, and how to make its service misbehave."""
+class PubSub:
+    """PubSubSink before FakePubSub."""
 
-    sink: Sink
-    cloud: Cloud
+    ordered = True
 
-    @property
-    def name(self) -> str:
-        return self.sink.name
+    def __init__(self) -> None:
+        self.fake = FakePubSub(topics=[TOPIC]).start()
+        self.sink: Sink = PubSubSink(
+            load_settings(
+                {
+                    "APP_ENV": "DEV",
+                    "GCP_PROJECT_ID": "p-1",
+                    "PUBSUB_TOPIC": "readings",
+                    "BIGQUERY_ENABLED": "false",
+                    "PUBSUB_EMULATOR_HOST": self.fake.address,
+                },
+                "gate-1",
+            )
+        )
 
-    def received(self) -> list[int]:
-        return [one.number for one in self.cloud.received(self.name)]
+    def arrived(self) -> list[int]:
+        return [int(m.attributes["seq"]) for m in self.fake.messages(TOPIC)]
 
-    def poison(self, number: float) -> None:
-        if self.name == "pubsub":
-            self.cloud.pubsub.faults.poison = lambda data: json.loads(data)["value"] == number
-        else:
-            self.cloud.bigquery.faults.poison = lambda r: r["value"] == number
+    def poison(self, seqs: set[int]) -> None:
+        ids = [row[1].hex().encode() for row in readings(max(seqs, default=0)) if row[0] in seqs]
+        self.fake.faults.poison = lambda data: any(i in data for i in ids)
 
-    def refuse(self, *, for_good: bool) -> None:
-        if self.name == "pubsub":
-            code = grpc.StatusCode.PERMISSION_DENIED if for_good else grpc.StatusCode.UNAVAILABLE
-            self.cloud.pubsub.faults.abort(code, "no", times=None)
-        elif for_good:
-            self.cloud.bigquery.faults.status(403, "accessDenied", times=None)
-        else:
-            self.cloud.bigquery.faults.status(503, "backendError", times=None)
-
-    def clear(self) -> None:
-        self.cloud.pubsub.faults.clear()
-        self.cloud.bigquery.faults.clear()
+    def fail(self, kind: FaultKind, times: int | None = None) -> None:
+        transient = kind is FaultKind.TRANSIENT
+        code = grpc.StatusCode.UNAVAILABLE if transient else grpc.StatusCode.PERMISSION_DENIED
+        self.fake.faults.abort(code, "as planned", times)
 
     def lose_answer(self) -> None:
-        fake = self.cloud.pubsub if self.name == "pubsub" else self.cloud.bigquery
-        fake.faults.lose_answer(times=1)
+        self.fake.faults.lose_answer()
+
+    def hang(self) -> None:
+        self.fake.faults.hang(times=None)
+
+    def go_away(self) -> None:
+        self.fake.stop()
+
+    def come_back(self) -> None:
+        self.fake.start()
+
+    def mend(self) -> None:
+        self.fake.faults.clear()
+
+    def close(self) -> None:
+        self.sink.close()
+        self.fake.stop()
+        assert self.fake.violations == [], "two requests of one key were in flight at once"
 
 
-BUILDERS: tuple[Callable[[dict[str, str]], Sink], ...] = (
-    lambda env: PubSubSink(load_settings(env, "host")),
-    lambda env: InsertAllSink(load_settings(env, "host")),
-)
+class BigQuery:
+    """InsertAllSink before FakeBigQuery."""
+
+    ordered = False
+    """insertAll promises no order, and its requests run side by side."""
+
+    def __init__(self) -> None:
+        self.fake = FakeBigQuery().start()
+        self.fake.create_table(TABLE)
+        self.sink: Sink = InsertAllSink(
+            load_settings(
+                {
+                    "APP_ENV": "DEV",
+                    "GCP_PROJECT_ID": "p-1",
+                    "BIGQUERY_DATASET": "d",
+                    "BIGQUERY_TABLE": "readings",
+                    "PUBSUB_ENABLED": "false",
+                    "BIGQUERY_EMULATOR_HOST": self.fake.url,
+                },
+                "gate-1",
+            )
+        )
+
+    def arrived(self) -> list[int]:
+        return [int(str(row["seq"])) for row in self.fake.rows(TABLE)]
+
+    def poison(self, seqs: set[int]) -> None:
+        self.fake.faults.poison = lambda row: row["seq"] in seqs
+
+    def fail(self, kind: FaultKind, times: int | None = None) -> None:
+        transient = kind is FaultKind.TRANSIENT
+        status, reason = (503, "backendError") if transient else (403, "accessDenied")
+        self.fake.faults.status(status, reason, times=times)
+
+    def lose_answer(self) -> None:
+        self.fake.faults.lose_answer()
+
+    def hang(self) -> None:
+        self.fake.faults.hang(times=None)
+
+    def go_away(self) -> None:
+        self.fake.stop()
+
+    def come_back(self) -> None:
+        self.fake.start()
+
+    def mend(self) -> None:
+        self.fake.faults.clear()
+
+    def close(self) -> None:
+        self.sink.close()
+        self.fake.stop()
 
 
-@pytest.fixture(params=BUILDERS, ids=["pubsub", "insert_all"])
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Each sink with its fake."""
-    cloud = Cloud().start()
-    sink = request.param({"APP_ENV": "DEV", "INSTANCE_ID": "edge-1", **cloud.environment()})
-    made = Case(sink, cloud)
+Service = PubSub | BigQuery
+SERVICES: dict[str, type[PubSub] | type[BigQuery]] = {"pubsub": PubSub, "bigquery": BigQuery}
+
+
+@pytest.fixture(params=SERVICES)
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    made = SERVICES[request.param]()
     yield made
-    sink.close()
-    made.clear()
-    cloud.stop()
+    made.close()
 
 
-def test_everything_is_delivered_in_order_per_site(case: Case) -> None:
-    batch = rows(2_500)
-    delivery = case.sink.deliver(batch)
-    assert (delivery.retry, delivery.dead, delivery.fault) == ([], [], None)
-    received = case.cloud.received(case.name)
-    assert sorted(one.number for one in received) == list(range(1, 2_501))
-    if case.name == "pubsub":
-        for site in SITES:
-            numbers = [one.number for one in received if one.site == site]
-            assert numbers == sorted(numbers)
-        assert case.cloud.pubsub.violations == []
+def check(service: Service, rows: Sequence[Reading], delivery: Delivery) -> None:
+    """Hold one delivery to the contract."""
+    retry = [row[0] for row in delivery.retry]
+    dead = [letter.row[0] for letter in delivery.dead]
+    assert retry == sorted(set(retry))
+    assert not set(retry) & set(dead)
+    assert len(dead) == len(set(dead))
+    assert bool(retry) <= (delivery.fault is not None), "a retry without a reason"
+    assert all(letter.reason and letter.row in rows for letter in delivery.dead)
+    settled = {row[0] for row in rows} - set(retry) - set(dead)
+    arrived = service.arrived()
+    assert settled <= set(arrived), "reported as delivered, but never arrived"
+    assert not set(dead) & set(arrived)
+    if service.ordered:
+        for site in {row[4] for row in rows}:
+            waiting = [row[0] for row in delivery.retry if row[4] == site]
+            later = {row[0] for row in rows if row[4] == site and waiting and row[0] > waiting[0]}
+            assert not settled & later, "a row overtook an earlier one of its site"
 
 
-def test_more_of_one_site_than_a_request_may_hold(case: Case) -> None:
-    batch = [row(seq, site="A") for seq in range(1, 1_002)]
-    assert case.sink.deliver(batch).fault is None
-    assert case.received() == sorted(case.received()) or case.name != "pubsub"
-    assert len(case.received()) == 1_001
+def check_order(service: Service, rows: Sequence[Reading]) -> None:
+    """Each site's first arrivals are in order."""
+    if service.ordered:
+        site_of = {row[0]: row[4] for row in rows}
+        for site in set(site_of.values()):
+            firsts = list(dict.fromkeys(s for s in service.arrived() if site_of[s] == site))
+            assert firsts == sorted(firsts)
 
 
-def test_requests_stay_below_the_limit_of_bytes(case: Case) -> None:
-    batch = [row(seq, site="A", pad=60_000) for seq in range(1, 401)]
-    delivery = case.sink.deliver(batch)
-    assert (delivery.retry, delivery.dead, delivery.fault) == ([], [], None)
-    assert len(case.received()) == 400
+def deliver_to_the_end(service: Service, rows: Sequence[Reading]) -> list[int]:
+    """Retry as the drain loop does; return the dead."""
+    dead: list[int] = []
+    todo = list(rows)
+    for _ in range(50):
+        if not todo:
+            return sorted(dead)
+        delivery = service.sink.deliver(todo)
+        check(service, todo, delivery)
+        dead += [letter.row[0] for letter in delivery.dead]
+        todo = delivery.retry
+    raise AssertionError("the delivery does not come to its end")
 
 
-@pytest.mark.parametrize("place", [1, 500, 1_000])
-def test_one_guilty_row_is_the_only_dead_one(case: Case, place: int) -> None:
-    case.poison(float(place))
-    batch = rows(1_000)
-    delivery = case.sink.deliver(batch)
-    assert delivery.fault is None
-    assert delivery.retry == []
-    assert [letter.row[0] for letter in delivery.dead] == [place]
-    assert delivery.dead[0].reason
-    assert delivery.dead[0].detail
-    assert sorted(case.received()) == [n for n in range(1, 1_001) if n != place]
+def test_everything_arrives_once_and_in_order(service: Service) -> None:
+    rows = readings(4321)
+    assert deliver_to_the_end(service, rows) == []
+    assert sorted(service.arrived()) == [row[0] for row in rows]
+    check_order(service, rows)
 
 
-def test_a_batch_of_guilty_rows_is_dead_to_the_last(case: Case) -> None:
-    if case.name == "pubsub":
-        case.cloud.pubsub.faults.poison = lambda _: True
-    else:
-        case.cloud.bigquery.faults.poison = lambda _: True
-    delivery = case.sink.deliver(rows(20))
-    assert sorted(letter.row[0] for letter in delivery.dead) == list(range(1, 21))
-    assert (delivery.retry, delivery.fault) == ([], None)
+def test_one_site_with_more_rows_than_a_request_takes_arrives_in_order(service: Service) -> None:
+    rows = readings(1001, sites=["S1"])
+    delivery = service.sink.deliver(rows)
+    check(service, rows, delivery)
+    assert (delivery.retry, delivery.dead) == ([], [])
+    assert sorted(service.arrived()) == list(range(1, 1002))
+    check_order(service, rows)
 
 
-def test_a_passing_trouble_leaves_all_rows_to_be_tried_again(case: Case) -> None:
-    case.refuse(for_good=False)
-    batch = rows(100)
-    delivery = case.sink.deliver(batch)
-    assert delivery.retry == batch
-    assert delivery.dead == []
+@pytest.mark.parametrize("guilty", [{1}, {1001}, {500, 501}, {1, 2, 3, 400, 777}])
+def test_poison_kills_exactly_the_guilty_rows(service: Service, guilty: set[int]) -> None:
+    rows = readings(1001)
+    service.poison(guilty)
+    assert deliver_to_the_end(service, rows) == sorted(guilty)
+    assert sorted(service.arrived()) == sorted({row[0] for row in rows} - guilty)
+    check_order(service, rows)
+
+
+def test_a_batch_of_nothing_but_poison_is_all_dead(service: Service) -> None:
+    rows = readings(20)
+    service.poison(set(range(1, 21)))
+    assert deliver_to_the_end(service, rows) == list(range(1, 21))
+    assert service.arrived() == []
+
+
+def test_a_transient_fault_returns_all_rows_with_its_reason(service: Service) -> None:
+    rows = readings(100)
+    service.fail(FaultKind.TRANSIENT)
+    delivery = service.sink.deliver(rows)
+    assert delivery.retry == rows
     assert delivery.fault is not None
     assert delivery.fault.kind is FaultKind.TRANSIENT
-    case.clear()
-    assert case.sink.deliver(delivery.retry).fault is None
-    assert sorted(case.received()) == list(range(1, 101))
+    assert "as planned" in delivery.fault.problem or "backendError" in delivery.fault.problem
+    service.mend()
+    assert deliver_to_the_end(service, rows) == []
+    check_order(service, rows)
 
 
-def test_what_a_person_must_mend_is_a_hold_with_the_command(case: Case) -> None:
-    case.refuse(for_good=True)
-    delivery = case.sink.deliver(rows(10))
-    assert len(delivery.retry) == 10
+def test_what_only_a_person_can_mend_is_a_hold_with_its_remedy(service: Service) -> None:
+    rows = readings(100)
+    service.fail(FaultKind.HOLD)
+    delivery = service.sink.deliver(rows)
+    check(service, rows, delivery)
+    assert delivery.retry == rows
     assert delivery.fault is not None
     assert delivery.fault.kind is FaultKind.HOLD
-    assert "--role=roles/" in delivery.fault.remedy
-    case.clear()
-    assert case.sink.deliver(delivery.retry).fault is None
+    assert "allow it" in delivery.fault.remedy
+    assert service.sink.name in delivery.fault.remedy or "bq " in delivery.fault.remedy
+    service.mend()
+    assert deliver_to_the_end(service, rows) == []
 
 
-def test_a_service_that_is_not_there_is_a_passing_trouble(case: Case) -> None:
-    case.cloud.stop()
-    delivery = case.sink.deliver(rows(10))
-    assert len(delivery.retry) == 10
+def test_one_failed_request_among_many_leaves_the_others_delivered(service: Service) -> None:
+    rows = readings(1800)
+    service.fail(FaultKind.TRANSIENT, times=1)
+    delivery = service.sink.deliver(rows)
+    check(service, rows, delivery)
+    assert 0 < len(delivery.retry) < len(rows)
+    service.mend()
+    assert deliver_to_the_end(service, delivery.retry) == []
+    assert sorted(service.arrived()) == [row[0] for row in rows]
+    check_order(service, rows)
+
+
+def test_after_a_lost_answer_the_rows_are_tried_again(service: Service) -> None:
+    rows = readings(30, sites=["S1"])
+    service.lose_answer()
+    delivery = service.sink.deliver(rows)
+    assert delivery.retry == rows
+    assert deliver_to_the_end(service, delivery.retry) == []
+    assert set(service.arrived()) == {row[0] for row in rows}
+    check_order(service, rows)
+
+
+def test_a_service_that_is_gone_is_a_transient_fault_until_it_is_back(service: Service) -> None:
+    rows = readings(30)
+    service.go_away()
+    for _ in range(2):
+        delivery = service.sink.deliver(rows)
+        assert delivery.retry == rows
+        assert delivery.fault is not None
+        assert delivery.fault.kind is FaultKind.TRANSIENT
+    service.come_back()
+    for _ in range(100):  # the channel may still be waiting before it connects again
+        delivery = service.sink.deliver(rows)
+        if not delivery.retry:
+            break
+        time.sleep(0.1)
+    assert delivery.retry == []
+    assert set(service.arrived()) == {row[0] for row in rows}
+
+
+def test_a_service_that_hangs_is_left_after_the_deadline(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.pubsub, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(forwarder.bigquery, "DEADLINE_S", 0.3)
+    rows = readings(30)
+    service.hang()
+    delivery = service.sink.deliver(rows)
+    assert delivery.retry == rows
     assert delivery.fault is not None
     assert delivery.fault.kind is FaultKind.TRANSIENT
-    case.cloud.start()
-    while (delivery := case.sink.deliver(delivery.retry)).retry:
-        assert delivery.fault is not None  # the channel still waits to connect again
-    assert sorted(case.received()) == list(range(1, 11))
+    service.mend()
+    monkeypatch.undo()
+    assert deliver_to_the_end(service, rows) == []
 
 
-def test_a_lost_answer_is_tried_again_and_loses_nothing(case: Case) -> None:
-    case.lose_answer()
-    delivery = case.sink.deliver([row(seq, site="A") for seq in range(1, 11)])
-    assert len(delivery.retry) == 10
-    assert case.sink.deliver(delivery.retry).fault is None
-    assert set(case.received()) == set(range(1, 11))
+def test_a_batch_of_large_rows_is_cut_into_lawful_requests(service: Service) -> None:
+    rows = readings(70, sites=["S1"], sensor="é" * 100_000)
+    assert deliver_to_the_end(service, rows) == []
+    assert sorted(service.arrived()) == list(range(1, 71))
+    check_order(service, rows)
 
 
-def test_an_empty_table_of_sites_and_hostile_names_pass(case: Case) -> None:
-    hostile = ["é" * 200, "'; DROP TABLE x; --", "a b", "\u202e", "\U0001d6c2"]
-    batch = [row(n, site=name, tag=name) for n, name in enumerate(hostile, 1)]
-    delivery = case.sink.deliver(batch)
-    assert (delivery.retry, delivery.dead, delivery.fault) == ([], [], None)
-    assert {one.site for one in case.cloud.received(case.name)} == set(hostile)
+def test_payloads_that_grow_when_escaped_are_delivered_all_the_same(service: Service) -> None:
+    rows = readings(40, payload=b'{"t":"%s"}' % ("é" * 100_000).encode())
+    assert deliver_to_the_end(service, rows) == []
+    assert sorted(service.arrived()) == list(range(1, 41))
 
 
-def test_a_key_that_pubsub_can_never_take_is_dead_there_and_only_there(case: Case) -> None:
-    batch = [row(1), row(2, site="é" * 513), row(3, tag="x" * 1_025), row(4)]
-    delivery = case.sink.deliver(batch)
-    assert delivery.fault is None
-    if case.name == "pubsub":
-        assert [letter.row[0] for letter in delivery.dead] == [2, 3]
-        assert "1024" in delivery.dead[0].detail
-        assert sorted(case.received()) == [1, 4]
-    else:
-        assert delivery.dead == []
+def test_a_row_that_was_delivered_before_may_come_again(service: Service) -> None:
+    rows = readings(10)
+    assert deliver_to_the_end(service, rows) == []
+    assert deliver_to_the_end(service, rows) == []
 
 
-def test_the_log_sink_writes_one_event_a_row(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_search_that_takes_too_long_hands_the_rest_back(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.pubsub, "GIVE_BACK_AFTER_S", 0.0)
+    monkeypatch.setattr(forwarder.bigquery, "GIVE_BACK_AFTER_S", 0.0)
+    rows = readings(1500)
+    service.poison({700})
+    delivery = service.sink.deliver(rows)
+    check(service, rows, delivery)
+    assert delivery.retry
+    assert delivery.fault is not None
+    assert "not finished yet" in delivery.fault.problem
+    monkeypatch.undo()
+    assert deliver_to_the_end(service, delivery.retry) == [700]
+    assert sorted(service.arrived()) == [row[0] for row in rows if row[0] != 700]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    faults=st.lists(st.sampled_from([FaultKind.TRANSIENT, FaultKind.HOLD, None]), max_size=6),
+    guilty=st.sets(st.integers(1, 200), max_size=5),
+)
+def test_any_mixture_of_faults_loses_and_reorders_nothing(
+    name: str, faults: list[FaultKind | None], guilty: set[int]
+) -> None:
+    service = SERVICES[name]()
+    try:
+        rows = readings(200)
+        service.poison(guilty)
+        for kind in faults:
+            if kind is None:
+                service.lose_answer()
+            else:
+                service.fail(kind, times=1)
+        assert deliver_to_the_end(service, rows) == sorted(guilty)
+        assert set(service.arrived()) == {row[0] for row in rows} - guilty
+        check_order(service, rows)
+    finally:
+        service.close()
+
+
+def test_the_log_takes_everything_in_order_whatever_the_level(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sink = LogSink("pubsub")
-    delivery = sink.deliver(rows(3))
-    assert (delivery.retry, delivery.dead, delivery.fault) == ([], [], None)
-    events = [record.__dict__["fields"]["event"] for record in caplog.records]
-    assert events == [json.loads(kpi_event(r)) for r in rows(3)]
+    logging.getLogger().setLevel(logging.ERROR)
+    rows = readings(100)
+    assert sink.deliver(rows) == Delivery()
+    found = [record.__dict__["fields"] for record in caplog.records]
+    assert [line["seq"] for line in found] == [row[0] for row in rows]
+    assert found[0]["event"]["event_id"] == rows[0][1].hex()
+    assert found[0]["sink"] == "pubsub"
     sink.close()

@@ -1,0 +1,58 @@
+"""The request that forwarder/insertbody.py writes is the one that the service documents."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forwarder.insertbody import column_values, encoder_for
+from forwarder.table import COLUMNS
+from spool import Reading
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50)
+
+
+def row(site: str, value: float, payload: str) -> Reading:
+    """Return a row with what is hostile in JSON."""
+    topic = f"FCTS/FAE/{site}/SolvExtract/T"
+    return (7, b"\x01" * 16, 1_000_001, -1, site, "s", "T", value, topic, payload.encode(), 0)
+
+
+def test_every_column_has_a_value() -> None:
+    assert len(column_values(row("A", 1.0, "{}"), "s")) == len(COLUMNS)
+
+
+@given(TEXT, st.floats(allow_nan=False, allow_infinity=False), TEXT, TEXT)
+def test_the_service_reads_what_was_meant(
+    site: str, value: float, payload: str, source: str
+) -> None:
+    body = json.loads(encoder_for(COLUMNS, source).body([row(site, value, payload)]))
+    assert body == {
+        "rows": [
+            {
+                "insertId": "01" * 16,
+                "json": {
+                    "event_id": "01" * 16,
+                    "site_code": site,
+                    "sensor_id": "s",
+                    "pi_tag": "T",
+                    "timestamp": "1969-12-31T23:59:59.999999Z",
+                    "value": value,
+                    "topic": f"FCTS/FAE/{site}/SolvExtract/T",
+                    "payload": payload,
+                    "received_at": "1970-01-01T00:00:01.000001Z",
+                    "source": source,
+                    "seq": 7,
+                },
+            }
+        ]
+    }
+
+
+@pytest.mark.parametrize("left_out", [{"payload"}, {"topic", "payload", "source", "seq"}])
+def test_only_the_columns_that_the_table_has_are_written(left_out: set[str]) -> None:
+    columns = tuple(c for c in COLUMNS if c.name not in left_out)
+    body = json.loads(encoder_for(columns, "s").body([row("A", 1.0, "{}")] * 2))
+    for entry in body["rows"]:
+        assert set(entry["json"]) == {c.name for c in columns}

@@ -1,0 +1,199 @@
+"""What is Pub/Sub's own: the event, its limits, ordering keys, gRPC codes, credentials."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import forwarder.pubsub
+from forwarder.event import kpi_event, rfc3339
+from forwarder.faults import PLUGIN_FAILURE
+from forwarder.pubsub import PubSubSink
+from forwarder.sink import Delivery, FaultKind
+from lifecycle import load_settings
+from tests.fakes import FakePubSub
+from tests.test_sink_contract import readings
+from tests.test_spool_writer import new_reading
+
+TOPIC = "projects/p-1/topics/readings"
+SCHEMA = json.loads(
+    (Path(__file__).parent.parent / "docs" / "kpi-event.schema.json").read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakePubSub]:
+    with FakePubSub(topics=[TOPIC]) as server:
+        yield server
+
+
+def made(fake: FakePubSub, **variables: str) -> PubSubSink:
+    environment = {
+        "APP_ENV": "DEV",
+        "GCP_PROJECT_ID": "p-1",
+        "PUBSUB_TOPIC": "readings",
+        "BIGQUERY_ENABLED": "false",
+        "PUBSUB_EMULATOR_HOST": fake.address,
+    }
+    return PubSubSink(load_settings(environment | variables, "gate-1"))
+
+
+@pytest.fixture
+def sink(fake: FakePubSub) -> Iterator[PubSubSink]:
+    opened = made(fake)
+    yield opened
+    opened.close()
+
+
+def test_a_message_is_the_event_with_its_attributes_and_key(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    (row,) = readings(1, sites=["Ünïty"])
+    assert sink.deliver([row]) == Delivery()
+    (message,) = fake.messages(TOPIC)
+    assert message.ordering_key == "Ünïty"
+    assert message.attributes == {
+        "event_id": row[1].hex(),
+        "site_code": "Ünïty",
+        "kpi_name": "TI-101.PV",
+        "source": "gate-1",
+        "seq": "1",
+        "schema_version": "1",
+    }
+    event = json.loads(message.data)
+    jsonschema.validate(event, SCHEMA, format_checker=jsonschema.FormatChecker())
+    assert event["source_topic"] == row[8]
+    assert event["value"] == 1.5
+    assert message.data == kpi_event(row)
+    assert b" " not in message.data.replace("Ünïty".encode(), b"")
+
+
+@given(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(-62_135_596_800_000_000, 253_402_300_799_999_999),
+    st.text(min_size=1, max_size=20).filter(lambda t: t.isprintable()),
+)
+def test_any_reading_is_an_event_of_the_schema(value: float, time_us: int, sensor: str) -> None:
+    row = new_reading(1, value=value, timestamp_us=time_us)
+    event = json.loads(kpi_event((1, *row[:4], sensor, *row[5:])))
+    jsonschema.validate(event, SCHEMA)
+    assert event["value"] == value
+    assert event["sensor_id"] == sensor
+    assert event["timestamp"] == rfc3339(time_us)
+
+
+@pytest.mark.parametrize(
+    ("time_us", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (-1, "1969-12-31T23:59:59.999999Z"),
+        (1_704_067_200_000_001, "2024-01-01T00:00:00.000001Z"),
+        (-62_135_596_800_000_000, "0001-01-01T00:00:00.000000Z"),
+        (253_402_300_799_999_999, "9999-12-31T23:59:59.999999Z"),
+    ],
+)
+def test_times_are_rfc3339_in_utc_with_microseconds(time_us: int, text: str) -> None:
+    assert rfc3339(time_us) == text
+
+
+@pytest.mark.parametrize("column", [4, 6])
+@pytest.mark.parametrize("text", ["x" * 1024, "é" * 512])
+def test_a_key_or_attribute_at_the_limit_is_taken_and_one_above_is_a_dead_letter(
+    fake: FakePubSub, sink: PubSubSink, column: int, text: str
+) -> None:
+    rows = [list(row) for row in readings(3, sites=["S1"])]
+    rows[0][column] = text
+    rows[1][column] = text + "x"
+    delivery = sink.deliver([tuple(row) for row in rows])  # type: ignore[misc]
+    assert [letter.row[0] for letter in delivery.dead] == [2]
+    assert delivery.dead[0].reason == "limit"
+    assert "at most 1024" in delivery.dead[0].detail
+    assert (delivery.retry, delivery.fault) == ([], None)
+    assert sorted(m.attributes["seq"] for m in fake.messages(TOPIC)) == ["1", "3"]
+
+
+def test_a_topic_that_does_not_exist_is_a_hold_with_the_command_that_makes_it(
+    fake: FakePubSub,
+) -> None:
+    sink = made(fake, PUBSUB_TOPIC="nowhere")
+    delivery = sink.deliver(readings(3))
+    assert delivery.fault is not None
+    assert delivery.fault.kind is FaultKind.HOLD
+    assert "gcloud pubsub topics create nowhere --project=p-1" in delivery.fault.remedy
+    fake.create_topic("projects/p-1/topics/nowhere")
+    assert sink.deliver(delivery.retry) == Delivery()
+    sink.close()
+
+
+def test_a_full_topic_name_of_another_project_is_used_as_it_is(fake: FakePubSub) -> None:
+    fake.create_topic("projects/other/topics/theirs")
+    sink = made(fake, PUBSUB_TOPIC="projects/other/topics/theirs")
+    assert sink.deliver(readings(2)) == Delivery()
+    assert fake.topic_count("projects/other/topics/theirs") == 2
+    sink.close()
+
+
+CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+def test_no_grpc_code_raises_or_loses_a_row(
+    fake: FakePubSub, sink: PubSubSink, code: grpc.StatusCode
+) -> None:
+    fake.faults.abort(code, "planned", times=None)
+    rows = readings(7)
+    delivery = sink.deliver(rows)
+    assert sorted([*delivery.retry, *(d.row for d in delivery.dead)]) == rows
+    assert bool(delivery.dead) == (code.name in {"INVALID_ARGUMENT", "OUT_OF_RANGE"})
+    assert all(letter.detail == "planned" for letter in delivery.dead)
+    fake.faults.clear()
+    assert sink.deliver(delivery.retry or rows[:1]).retry == []
+
+
+def test_a_revoked_key_is_told_as_a_problem_of_credentials(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    fake.faults.abort(grpc.StatusCode.UNAVAILABLE, f"{PLUGIN_FAILURE} with error: invalid_grant")
+    delivery = sink.deliver(readings(1))
+    assert delivery.fault is not None
+    assert delivery.fault.kind is FaultKind.HOLD
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in delivery.fault.remedy
+
+
+def test_a_hold_is_told_even_if_another_lane_failed_for_the_moment(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    fake.faults.abort(grpc.StatusCode.UNAVAILABLE, times=1)
+    fake.faults.abort(grpc.StatusCode.PERMISSION_DENIED, times=1)
+    delivery = sink.deliver(readings(3))
+    assert delivery.fault is not None
+    assert delivery.fault.kind is FaultKind.HOLD
+    assert [row[0] for row in delivery.retry] == sorted(row[0] for row in delivery.retry)
+
+
+def test_after_a_deadline_the_next_try_begins_with_a_new_connection(
+    fake: FakePubSub, sink: PubSubSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.pubsub, "DEADLINE_S", 0.2)
+    assert sink.deliver(readings(1)) == Delivery()
+    first = sink._client  # noqa: SLF001 - the connection is the claim
+    fake.faults.hang()
+    assert len(sink.deliver(readings(1)).retry) == 1
+    assert sink._client is None  # noqa: SLF001
+    monkeypatch.undo()
+    assert sink.deliver(readings(1)) == Delivery()
+    assert sink._client is not first  # noqa: SLF001
+
+
+def test_sites_are_published_side_by_side(fake: FakePubSub, sink: PubSubSink) -> None:
+    fake.faults.delay(0.3)
+    began = time.monotonic()
+    assert sink.deliver(readings(8, sites=[f"S{n}" for n in range(8)])) == Delivery()
+    assert time.monotonic() - began < 4 * 0.3
+    assert fake.violations == []
