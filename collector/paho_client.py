@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable
 
+from paho.mqtt import MQTTException
 from paho.mqtt.client import Client, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
@@ -130,6 +131,6 @@ class FastClient(Client):
         }
         try:
             return self._packet_handle()
-        except (ValueError, struct.error, IndexError):
-            # paho's MalformedPacket is a ValueError; the others come from too short a body.
+        except (MQTTException, ValueError, struct.error, IndexError):
+            # paho's MalformedPacket is an MQTTException; the others come from too short a body.
             return MQTTErrorCode.MQTT_ERR_PROTOCOL

@@ -126,6 +126,9 @@ class Store:
                 self._turn()
             self._farewell()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
+            if isinstance(error, DiskFullError) and self._stop.requested:
+                log.warning("ends while the disk is full; the broker keeps its messages")
+                return
             self.failure = error
             self._stop.request("the writer thread failed")
 
@@ -255,7 +258,17 @@ class Store:
         self._notices.warn("disk full", f"the disk is full: {error}")
         self._house.release_ballast()
         self._writer.close()
-        self._writer = self._open_writer()
+        while True:
+            try:
+                self._writer = self._open_writer()
+            except DiskFullError:
+                # Even opening needs room, for what SQLite finds in the write-ahead log.
+                self._watchdog.beat(LOOP)
+                if self._stop.requested:
+                    raise
+                time.sleep(ROOM_CHECK_S)
+            else:
+                return
 
     def _forget_durable(self, group: _Group) -> None:
         """Take out of ``group`` what the failed commit did store after all."""

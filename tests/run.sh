@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv-tests
 readonly LOCK=requirements-dev.lock
-readonly PACKAGES=(mosquitto mosquitto-clients sqlite3 python3-venv strace procps shellcheck)
+readonly PACKAGES=(mosquitto mosquitto-clients openssl sqlite3 python3-venv strace procps shellcheck)
 
 note() { printf '\n==> %s\n' "$*"; }
 die() {
