@@ -214,7 +214,7 @@ def test_an_error_that_names_no_row_or_no_cause_delivers_and_kills_nothing(
 ) -> None:
     fake.create_table(TABLE)
     # No service answers like this.
-    monkeypatch.setattr(sink, "_post", lambda _body: [error])
+    monkeypatch.setattr(sink, "_post", lambda *_: [error])
     rows = readings(5)
     delivery = sink.deliver(rows)
     assert (delivery.retry, delivery.dead) == (rows, [])

@@ -1,0 +1,220 @@
+"""What every BigQuery sink needs: credentials, the table and its columns, and who is to blame.
+
+Talks to the service by Google's client and google-auth's session; the rows are the sinks'.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import google.auth
+import google.auth.exceptions
+import requests.exceptions
+from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
+from google.auth.credentials import AnonymousCredentials, Credentials
+from google.auth.transport.requests import AuthorizedSession
+from google.cloud import bigquery
+
+from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_http
+from forwarder.sink import Fault, FaultKind
+from forwarder.table import (
+    CLUSTER_COLUMNS,
+    COLUMNS,
+    PARTITION_COLUMN,
+    Column,
+    ExistingColumn,
+    ddl,
+    match,
+)
+from lifecycle import Settings
+
+log = logging.getLogger("forwarder.bigquery")
+
+DEFAULT_ENDPOINT = "https://bigquery.googleapis.com"
+NEW_TABLE_SETTLES_S = 600.0
+"""A table that was just created may answer notFound for some minutes."""
+
+_NAMES_REMEDY = "check GCP_PROJECT_ID, BIGQUERY_DATASET and BIGQUERY_TABLE"
+
+NO_RETRY: Any = None
+"""Retrying is the drain loop's; the client's own would hide an outage from the operator."""
+
+
+class FaultError(Exception):
+    """Carries a fault from where it is found to where the delivery is reported."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class TableService:
+    """One table of the service, with the connection to it.
+
+    Args:
+        settings: Project, dataset, table, emulator, whether to create the table.
+        deadline_s: Of each request.
+    """
+
+    def __init__(self, settings: Settings, deadline_s: float) -> None:
+        self._settings = settings
+        self._deadline_s = deadline_s
+        self.table = (
+            f"{settings.gcp_project_id}.{settings.bigquery_dataset}.{settings.bigquery_table}"
+        )
+        self.root = settings.bigquery_emulator_host.rstrip("/") or DEFAULT_ENDPOINT
+        self._client: bigquery.Client | None = None
+        self._session: AuthorizedSession | None = None
+        self._created_at = float("-inf")
+
+    def close(self) -> None:
+        """Close the connections; the next use opens them again."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def session(self) -> AuthorizedSession:
+        """Return a session that carries the credentials.
+
+        Raises:
+            FaultError: There are none, or they cannot be had now.
+        """
+        self._connect()
+        if self._session is None:
+            raise RuntimeError("no session after connecting")
+        return self._session
+
+    def _connect(self) -> bigquery.Client:
+        if self._client is None:
+            emulator = self._settings.bigquery_emulator_host
+            try:
+                credentials: Credentials
+                if emulator:
+                    credentials = AnonymousCredentials()
+                else:
+                    credentials, _ = google.auth.default(scopes=bigquery.Client.SCOPE)
+                self._session = AuthorizedSession(credentials)
+                self._client = bigquery.Client(
+                    project=self._settings.gcp_project_id,
+                    credentials=credentials,
+                    client_options={"api_endpoint": emulator} if emulator else None,
+                )
+            except google.auth.exceptions.DefaultCredentialsError as error:
+                raise FaultError(
+                    Fault(FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+                ) from error
+            except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
+                raise FaultError(
+                    Fault(FaultKind.TRANSIENT, f"cannot build the client: {error}")
+                ) from error
+        return self._client
+
+    def read_columns(self) -> Sequence[Column]:
+        """Return the columns that the table and we both know; create the table if told to.
+
+        Raises:
+            FaultError: The table cannot be read, or does not fit.
+        """
+        client = self._connect()
+        try:
+            table = client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s)
+        except Exception as error:
+            blame, fault = self.judge(error)
+            missing = getattr(error, "code", None) == 404  # noqa: PLR2004 - HTTP's number
+            if blame is Blame.OPERATOR and missing and self._settings.bigquery_create_table:
+                return self._create(client)
+            if blame is Blame.ROWS:
+                # There are no rows in this request: a name in the settings is wrong.
+                fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
+            raise FaultError(fault) from error
+        if table.table_type not in {None, "TABLE"}:
+            raise FaultError(
+                Fault(
+                    FaultKind.HOLD,
+                    f"{self.table} is a {table.table_type}, which takes no rows",
+                    "set BIGQUERY_TABLE to a table",
+                )
+            )
+        existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
+        columns = match(self.table, existing)
+        if isinstance(columns, Fault):
+            raise FaultError(columns)
+        left_out = sorted({c.name for c in COLUMNS} - {c.name for c in columns})
+        if left_out:
+            log.warning("the table lacks columns, which stay unwritten: %s", ", ".join(left_out))
+        return columns
+
+    def _create(self, client: bigquery.Client) -> Sequence[Column]:
+        table = bigquery.Table(
+            self.table,
+            schema=[
+                bigquery.SchemaField(c.name, c.sql_type, "REQUIRED" if c.required else "NULLABLE")
+                for c in COLUMNS
+            ],
+        )
+        table.time_partitioning = bigquery.TimePartitioning(
+            type_=bigquery.TimePartitioningType.DAY, field=PARTITION_COLUMN
+        )
+        table.clustering_fields = list(CLUSTER_COLUMNS)
+        try:
+            client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s)
+        except Conflict:
+            return self.read_columns()  # somebody else made it just now
+        except Exception as error:
+            blame, fault = self.judge(error)
+            if blame is Blame.ROWS:
+                fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
+            raise FaultError(fault) from error
+        log.info("created the table", extra={"fields": {"table": self.table}})
+        self._created_at = time.monotonic()
+        return COLUMNS
+
+    def judge(self, error: Exception) -> tuple[Blame, Fault]:
+        """Return who has to act, and the fault to report. Raises what is not the service's."""
+        if isinstance(error, GoogleAPICallError):
+            return self._judge_http(error)
+        if isinstance(error, google.auth.exceptions.RefreshError):
+            fault = Fault(FaultKind.HOLD, f"no access token: {error}", CREDENTIALS_REMEDY)
+            return Blame.OPERATOR, fault
+        if isinstance(
+            error,
+            google.auth.exceptions.GoogleAuthError
+            | requests.exceptions.RequestException
+            | RetryError
+            | OSError
+            # The service, or a proxy before it, answered something that is no JSON.
+            | ValueError,
+        ):
+            problem = f"request to BigQuery for {self.table}: {type(error).__name__}: {error}"
+            return Blame.NOBODY, Fault(FaultKind.TRANSIENT, problem)
+        raise error
+
+    def _judge_http(self, error: GoogleAPICallError) -> tuple[Blame, Fault]:
+        reason = next((str(e.get("reason", "")) for e in error.errors if isinstance(e, dict)), "")
+        status = int(error.code or 0)
+        blame = blame_http(status, reason)
+        problem = f"request to BigQuery for {self.table}: HTTP {status} {reason}: {error.message}"
+        settling = time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
+        if status == 404 and settling:  # noqa: PLR2004 - HTTP's number
+            return Blame.NOBODY, Fault(FaultKind.TRANSIENT, f"{problem} (the table is new)")
+        if blame is not Blame.OPERATOR:
+            return blame, Fault(FaultKind.TRANSIENT, problem)
+        return blame, Fault(FaultKind.HOLD, problem, self._remedy(status))
+
+    def _remedy(self, status: int) -> str:
+        if status == 404:  # noqa: PLR2004 - HTTP's number
+            statement = ddl(self.table).replace("\n", " ")
+            return (
+                f"create the dataset and the table (or set BIGQUERY_CREATE_TABLE=true): {statement}"
+            )
+        if status == 401:  # noqa: PLR2004 - HTTP's number
+            return CREDENTIALS_REMEDY
+        project, dataset, table = self.table.split(".", 2)
+        return (
+            "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
+            f"--role=roles/bigquery.dataEditor {project}:{dataset}.{table}"
+        )
