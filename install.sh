@@ -509,7 +509,7 @@ start_sluice() {
     quietly systemctl start sluice ||
       die_of_command "the service does not start" "Its reason: journalctl -u sluice -n 30"
   else
-    say "systemd does not run here: supervisord is started directly, and not at the next boot."
+    say "systemd does not run here: supervisord is started directly, not at boot."
     # A clean environment: a variable of this shell would win over the settings file.
     quietly runuser -u "$ACCOUNT" -- env -i PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
       HOME="$SPOOL" "$PREFIX/venv/bin/supervisord" -c "$PREFIX/supervisord.conf" 9>&- ||

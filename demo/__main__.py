@@ -82,7 +82,7 @@ def _run(arguments: Arguments, interrupt: Interrupt) -> int:
             with running_supervisor(layout) as supervisor:
                 _say(f"{broker.name} on port {broker.port}; supervisord is starting ...\n")
                 _say("$ supervisorctl status\n" + supervisor.wait_until_running() + "\n")
-                _wait(lambda: read_figures(layout.spool).received > 0, _SUBSCRIBE_TIMEOUT_S)
+                _await_subscription(layout)
                 simulator.start()
                 _watch(arguments, interrupt, _Parts(broker, supervisor, simulator))
                 _say("\nStopping: the simulator first, then what it sent is awaited ...")
@@ -125,6 +125,15 @@ def _watch(arguments: Arguments, interrupt: Interrupt, parts: _Parts) -> None:
         count += 1
 
 
+def _await_subscription(layout: Layout) -> None:
+    """Wait for what the simulator has announced; see there."""
+    if not _wait(lambda: read_figures(layout.spool).received > 0, _SUBSCRIBE_TIMEOUT_S):
+        raise DemoError(
+            f"the collector runs, but has received nothing in {_SUBSCRIBE_TIMEOUT_S:.0f} s; "
+            f"see {layout.log}/collector.log"
+        )
+
+
 def _await_all(layout: Layout, simulator: Simulator) -> None:
     """Give the collector time to receive everything, then the sinks to get it.
 
@@ -135,10 +144,14 @@ def _await_all(layout: Layout, simulator: Simulator) -> None:
     _wait(lambda: read_figures(layout.spool).pending == 0, _DRAIN_TIMEOUT_S)
 
 
-def _wait(condition: Callable[[], bool], timeout_s: float) -> None:
+def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Wait for ``condition``; say whether it came true in time."""
     deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(_POLL_S)
+    return True
 
 
 def _conclude(layout: Layout, simulator: Simulator) -> int:

@@ -21,6 +21,7 @@ BrokerName = Literal["mosquitto", "amqtt"]
 
 _START_TIMEOUT_S = 15.0
 _STOP_TIMEOUT_S = 15.0
+_GRACE_S = 0.3
 _PORT_ATTEMPTS = 5
 _POLL_S = 0.05
 _HOST = "127.0.0.1"
@@ -81,8 +82,17 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((_HOST, port), 1):
-            return True
+            return _still_runs(process)
         time.sleep(_POLL_S)
+    return False
+
+
+def _still_runs(process: subprocess.Popen[bytes]) -> bool:
+    """Say whether it was ours that answered: without the port, ours ends at once."""
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        return True
     return False
 
 

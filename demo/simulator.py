@@ -134,6 +134,7 @@ class Simulator:
         self._lock = threading.Lock()
         self._all_acked = threading.Condition(self._lock)
         self._unacked: dict[int, Kind] = {}
+        self._acked_early: set[int] = set()
         self._acked: Counter[Kind] = Counter()
         self._thread = threading.Thread(target=self._run, name="simulator", daemon=True)
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, "sluice-demo-sites")
@@ -197,10 +198,15 @@ class Simulator:
 
     def _publish(self, *, retain: bool = False) -> None:
         message = self._plant.next_message(datetime.now(UTC))
-        # Under the lock: the acknowledgement may come before publish() has returned.
+        # Not under our lock: paho calls on_publish under one of its own, which publish()
+        # wants too. So the acknowledgement may come before publish() has returned.
+        info = self._client.publish(message.topic, message.payload, qos=1, retain=retain)
         with self._lock:
-            info = self._client.publish(message.topic, message.payload, qos=1, retain=retain)
-            self._unacked[info.mid] = message.kind
+            if info.mid in self._acked_early:
+                self._acked_early.remove(info.mid)
+                self._acked[message.kind] += 1
+            else:
+                self._unacked[info.mid] = message.kind
 
     def _on_connect(
         self,
@@ -224,5 +230,8 @@ class Simulator:
     ) -> None:
         del client
         with self._all_acked:
-            self._acked[self._unacked.pop(mid)] += 1
+            if mid in self._unacked:
+                self._acked[self._unacked.pop(mid)] += 1
+            else:
+                self._acked_early.add(mid)
             self._all_acked.notify_all()

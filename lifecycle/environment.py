@@ -52,4 +52,5 @@ def merged_environment(environ: Mapping[str, str]) -> dict[str, str]:
             )
         if binding.key is not None and binding.value is not None:
             values[binding.key] = binding.value
-    return values | merged
+    # An empty variable counts as unset, so it must not hide the file's.
+    return values | {name: value for name, value in merged.items() if value or name not in values}

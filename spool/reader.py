@@ -9,7 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 from spool.connection import format_version, open_reader
-from spool.errors import CursorAheadError, FileMissingError, NewerFormatError, translated
+from spool.errors import (
+    CorruptFileError,
+    CursorAheadError,
+    FileMissingError,
+    NewerFormatError,
+    translated,
+)
 from spool.files import spool_path
 from spool.records import PAYLOAD, READING_COLUMNS, TOPIC, Reading, lenient_text
 from spool.writer import SPOOL_FORMAT
@@ -120,6 +126,9 @@ class SpoolReader:
             seq: The position after which to read.
             max_rows: At most this many.
             max_bytes: Stop after the row that brings topics and payloads to this sum.
+
+        Raises:
+            StorageFaultError: They cannot be read; CorruptFileError if they are damaged.
         """
         try:
             return self._read(seq, max_rows, max_bytes)
@@ -150,7 +159,25 @@ class SpoolReader:
                     continue  # a flipped bit made it something else; the checksum is wrong
                 if size >= max_bytes:
                     break
+        self._check_numbers(rows)
         return rows
+
+    def _check_numbers(self, rows: list[Reading]) -> None:
+        """Refuse rows whose numbers were damaged; the checksum does not cover them.
+
+        A flipped bit in one passes SQLite's own checks while reading, and a cursor that
+        followed it would skip every row up to there.
+        """
+        if not rows:
+            return
+        first = rows[0][0]
+        in_order = [row[0] for row in rows] == list(range(first, first + len(rows)))
+        if not in_order or rows[-1][0] > self.last_seq():
+            raise CorruptFileError(
+                f"{self.path} is damaged: the numbers of the rows from seq {first} on are not in "
+                "order",
+                self.path,
+            )
 
     def check_position(self, seq: int) -> None:
         """Make sure that a cursor at ``seq`` can belong to this spool.

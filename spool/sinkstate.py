@@ -18,8 +18,8 @@ from spool.records import READING_COLUMNS, Reading
 SINK_FORMAT = 1
 
 _INSERT_DEAD = (
-    f"INSERT OR IGNORE INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
-    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+    f"INSERT INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
+    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (epoch, seq) DO NOTHING"
 )
 _ADD_COUNTER = (
     "INSERT INTO counter (name, value) VALUES (?, ?) "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spool.connection import format_version, open_owner
-from spool.errors import NewerFormatError, StorageFaultError, translated
+from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
 from spool.records import READING_COLUMNS, NewReading, Rejection
 
@@ -257,6 +257,13 @@ class SpoolWriter:
             "reading_row WHERE seq > ? ORDER BY seq LIMIT ?)",
             (after_seq, CHECK_ROWS),
         )
+        holes = self._value(
+            "SELECT count(*) FROM (SELECT seq - lag(seq) OVER (ORDER BY seq) AS step FROM (SELECT "
+            "seq FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?)) WHERE step <> 1",
+            (after_seq, CHECK_ROWS),
+        )
+        if holes:
+            raise CorruptFileError(f"{self.path} is damaged: numbers are not in order", self.path)
 
     def used_bytes(self) -> int:
         """Return how many bytes of the database hold something (free pages do not count)."""

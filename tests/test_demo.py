@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from demo.broker import running_broker
 from demo.layout import Layout
 from demo.ledger import Figures, SinkFigures, read_figures
-from demo.simulator import READINGS_PER_S, SITES, TAGS, Plant, Published
+from demo.simulator import READINGS_PER_S, SITES, TAGS, Plant, Published, Simulator
 from demo.summary import reconcile, summary_lines
 from demo.view import header, live_line
 
@@ -299,6 +300,18 @@ def test_the_plant_covers_every_site_and_tag_and_repeats_byte_for_byte() -> None
     assert len(repeated) == 10
     assert all(messages[n][1:] == messages[n - 1][1:] for n in repeated)
     assert sum(message.kind == "faulty" for message in messages) == 7
+
+
+def test_publishing_and_acknowledgements_do_not_lock_each_other_out(directory: Path) -> None:
+    layout = Layout(directory)
+    layout.prepare()
+    with running_broker("mosquitto", layout) as broker:
+        simulator = Simulator("127.0.0.1", broker.port, rate=1_000_000)
+        simulator.connect()
+        simulator.start()
+        wait_for(lambda: simulator.published().total > 10_000)
+        simulator.stop(10)
+    assert simulator.published().unacked == 0
 
 
 def test_the_ledger_shows_zeros_before_there_is_a_spool(tmp_path: Path) -> None:

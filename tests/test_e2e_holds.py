@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from tests.fakes.rows import Column
-from tests.harness import IMPATIENT, Cloud, Rig, wait_until
+from tests.harness import IMPATIENT, Cloud, Rig, assert_adds_up, wait_until
 from tests.harness.cloud import TABLE_REF, TOPIC_PATH
 
 READINGS = 300
@@ -83,6 +83,8 @@ def rig() -> Iterator[Rig]:
 
 @pytest.mark.parametrize("hold", HOLDS, ids=str)
 def test_delivery_holds_says_how_to_mend_it_and_goes_on_by_itself(rig: Rig, hold: Hold) -> None:
+    forwarder = rig.programs[f"forwarder-{hold.sink}"]
+    pid = forwarder.pid
     hold.break_it(rig.cloud)
     try:
         rig.publish(READINGS)
@@ -94,13 +96,15 @@ def test_delivery_holds_says_how_to_mend_it_and_goes_on_by_itself(rig: Rig, hold
         backlog = rig.books.backlog(hold.sink)
         assert backlog["state"] == "on hold"
         assert backlog["pending"] == READINGS
-        assert backlog["dead_letters"] == 0
-        log = rig.programs[f"forwarder-{hold.sink}"].log_text
-        assert hold.remedy in log
+        assert (backlog["dead_letters"], backlog["dropped"]) == (0, 0)
+        assert hold.remedy in forwarder.log_text
+        assert_adds_up(rig.books, rig.sinks)
     finally:
         hold.mend_it(rig.cloud)
     rig.wait_until_delivered()
-    figures = rig.books.figures()
+    assert forwarder.running, "it goes on by itself"
+    assert forwarder.pid == pid, "and not by a restart"
+    figures = assert_adds_up(rig.books, rig.sinks)
     assert figures.sinks[hold.sink].dead_lettered == 0
     numbers = {one.number for one in rig.cloud.received(hold.sink)}
     assert numbers >= {sample.number for sample in rig.publisher.samples[-READINGS:]}
@@ -120,3 +124,14 @@ def test_a_missing_table_is_a_hold_with_the_ddl_or_is_created_if_told_to() -> No
         forwarder.start()
         rig.wait_until_delivered()
         assert rig.cloud.bigquery.table_count("acme-edge.plant.another") == READINGS
+
+
+def test_columns_that_the_table_lacks_and_nobody_needs_stay_unwritten() -> None:
+    with Rig(PUBSUB_ENABLED="false") as rig:
+        for name in ("topic", "payload", "source"):
+            rig.cloud.bigquery.drop_column(TABLE_REF, name)
+        rig.start("collector", "forwarder-bigquery")
+        rig.publish(READINGS)
+        rig.wait_until_delivered()
+        rig.assert_nothing_lost()
+        assert "payload, source, topic" in rig.programs["forwarder-bigquery"].log_text

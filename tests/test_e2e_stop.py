@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from lifecycle import Settings
 from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Rig, assert_adds_up, wait_until
 
 STOP_S = 10.0
@@ -86,9 +87,16 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "BIGQUERY_DATASET": "a-b",
         "BIGQUERY_TABLE": "a.b",
         "PUBSUB_TOPIC": "1",
+        "MQTT_BROKER": "a b",
         "MQTT_PORT": "70000",
         "MQTT_TOPIC": "a/#/b",
+        "MQTT_CLIENT_ID": "x" * 241,
         "MQTT_PASSWORD_FILE": "/does/not/exist",
+        "MQTT_TLS_CA_FILE": "/does/not/exist",
+        "MQTT_TLS_CERT_FILE": "/does/not/exist",
+        "MQTT_TLS_KEY_FILE": "/does/not/exist",
+        "INSTANCE_ID": "-",
+        "SPOOL_DIR": "somewhere",
         "SPOOL_MAX_BYTES": "lots",
         "SPOOL_FULL_POLICY": "hope",
         "SPOOL_RETENTION_HOURS": "-1",
@@ -98,16 +106,26 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "MAX_PAYLOAD_BYTES": "0",
         "MAX_DRAIN_RATE": "fast",
         "PUBSUB_ENABLED": "perhaps",
+        "PUBSUB_ENDPOINT": "https://host",
+        "PUBSUB_EMULATOR_HOST": "a:b",
+        "BIGQUERY_ENABLED": "often",
+        "BIGQUERY_EMULATOR_HOST": "localhost:9050",
+        "BIGQUERY_STORAGE_EMULATOR_HOST": "http://x",
         "BIGQUERY_CREATE_TABLE": "si",
         "BIGQUERY_WRITE_METHOD": "fax",
         "LOG_LEVEL": "LOUD",
         "LOG_FORMAT": "xml",
+    }
+    assert {field.upper() for field in Settings.__struct_fields__} - wrong.keys() == {
+        "MQTT_USERNAME",  # any text will do
+        "GOOGLE_APPLICATION_CREDENTIALS",  # the client's own business
     }
     with Rig(broker_options=None, forwarder="forwarder", **wrong) as rig:
         for name in PROGRAMS:
             program = rig.programs[name]
             program.start()
             assert program.wait() == CONFIG
+            assert program.log_text.count("nothing was started") == 1
             for variable in wrong:
                 assert f": {variable}: " in program.log_text, f"{name} does not name {variable}"
 

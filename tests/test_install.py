@@ -349,7 +349,8 @@ def test_a_wrong_setting_becomes_fatal_and_a_failing_disk_never_does(supervised:
 
 
 def supervisorctl(*arguments: str) -> str:
-    return run("supervisorctl", *arguments).stdout
+    # As root types it: the tests' own environment has another supervisorctl.
+    return run("env", "PATH=/usr/local/bin:/usr/bin:/bin", "supervisorctl", *arguments).stdout
 
 
 def spooled() -> int:

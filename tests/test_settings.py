@@ -367,3 +367,11 @@ def test_any_file_gives_variables_that_the_system_can_take(
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def test_an_empty_real_variable_does_not_hide_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "sluice.env"
+    file.write_text("MQTT_PORT=1884\n", encoding="utf-8")
+    merged = merged_environment({"SLUICE_ENV_FILE": str(file), "MQTT_PORT": "", "OTHER": ""})
+    assert merged["MQTT_PORT"] == "1884"
+    assert merged["OTHER"] == ""

@@ -203,3 +203,36 @@ def test_reading_a_garbage_page_is_corruption_to_a_forwarder_and_to_the_owner(
     with pytest.raises(CorruptFileError):
         writer.check_readable(0)
     writer.check_readable(ROWS - 10)
+
+
+@pytest.mark.parametrize("number", [0x72, 0x31, 0x12])
+def test_a_flipped_bit_in_a_rows_number_is_corruption_and_moves_no_cursor_past_it(
+    tmp_path: Path, number: int
+) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n) for n in range(100)], [], {})
+    writer.checkpoint()
+    writer.close()
+    data = bytearray(spool_path(tmp_path).read_bytes())
+    identity = data.find(new_reading(49)[0])
+    header = next(n for n in range(8, 20) if data[identity - n] == n)
+    assert data[identity - header - 1] == 50
+    data[identity - header - 1] = number
+    spool_path(tmp_path).write_bytes(data)
+    reader, writer = SpoolReader.open(tmp_path), SpoolWriter.open(tmp_path)
+    assert [row[0] for row in reader.read_after(0, 49, 10**9)] == list(range(1, 50))
+    for after in (0, 40):
+        with pytest.raises(CorruptFileError, match="not in order"):
+            reader.read_after(after, 100, 10**9)
+        with pytest.raises(CorruptFileError):
+            writer.check_readable(after)
+    writer.close()
+    salvage = Salvage(set_aside(spool_path(tmp_path)), 0)
+    assert len(numbers(salvaged(salvage))) >= 99
+
+
+def test_a_number_that_was_never_given_is_corruption(tmp_path: Path) -> None:
+    SpoolWriter.open(tmp_path).append([new_reading(1)], [], {})
+    edit(spool_path(tmp_path), "UPDATE sqlite_sequence SET seq=0 WHERE name='reading_row'")
+    with pytest.raises(CorruptFileError):
+        SpoolReader.open(tmp_path).read_after(0, 1, 10**9)

@@ -1,0 +1,183 @@
+"""From settings to exit code: what the supervisor sees of a program, however it ends."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import lifecycle.program
+from lifecycle import ExitCode, Program, Settings, StopRequest, run
+from tests.test_lifecycle import DEADLINE_S, HOLD_LOCK, Session, took_s
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    opened = Session()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level, raising = root.handlers[:], root.level, logging.raiseExceptions
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    signals = {number: signal.getsignal(number) for number in numbers}
+    mask = os.umask(0o022)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.umask(mask)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.raiseExceptions = raising
+
+
+class OursError(Exception):
+    """An error class that the program has a code for."""
+
+
+class SpecialError(OursError):
+    """A narrower one."""
+
+
+def run_body(
+    directory: Path, body: Callable[[Settings, StopRequest], None], **variables: str
+) -> ExitCode:
+    environ = {"APP_ENV": "LOCAL", "SPOOL_DIR": str(directory / "spool")} | variables
+    codes: dict[type[Exception], ExitCode] = {
+        SpecialError: ExitCode.CONFIG,
+        OursError: ExitCode.STORAGE,
+    }
+    return run(Program("role", body, codes), environ)
+
+
+def raising(error: Exception) -> Callable[[Settings, StopRequest], None]:
+    def body(_: Settings, __: StopRequest) -> None:
+        raise error
+
+    return body
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle.program, "STORAGE_FAULT_MIN_UPTIME_S", 0.0)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_each_end_has_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fine(_: Settings, stop: StopRequest) -> None:
+        stop.request("SIGTERM")
+
+    assert run_body(tmp_path / "a", fine) is ExitCode.CLEAN
+    assert run_body(tmp_path / "b", raising(OursError("disk"))) is ExitCode.STORAGE
+    assert run_body(tmp_path / "c", raising(SpecialError("env"))) is ExitCode.CONFIG
+    assert run_body(tmp_path / "d", raising(ValueError("oops"))) is ExitCode.BUG
+    output = capsys.readouterr().out
+    assert "stopped: SIGTERM" in output
+    assert "ends: disk" in output
+    assert "ValueError: oops" in output
+    assert [int(code) for code in ExitCode] == [0, 70, 75, 78]
+
+
+def test_wrong_settings_are_reported_one_by_one_and_nothing_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began: list[bool] = []
+    code = run_body(tmp_path, lambda *_: began.append(True), APP_ENV="PROD", MQTT_PORT="x")
+    assert code is ExitCode.CONFIG
+    assert began == []
+    assert not (tmp_path / "spool").exists()
+    output = capsys.readouterr().out
+    assert "MQTT_PORT" in output
+    assert "supervisorctl restart all" in output
+    assert output.count("\n") > 3
+
+
+def test_a_missing_environment_file_is_wrong_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone.env")
+    assert run_body(tmp_path, lambda *_: None, SLUICE_ENV_FILE=gone) is ExitCode.CONFIG
+    assert gone in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_directory_that_cannot_be_used_and_a_held_lock_are_storage_faults(
+    tmp_path: Path, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spool").write_text("a file")
+    assert run_body(tmp_path, lambda *_: None) is ExitCode.STORAGE
+    assert "ls -ld" in capsys.readouterr().out
+    (tmp_path / "spool").unlink()
+    (tmp_path / "spool").mkdir()
+    process = session.start(HOLD_LOCK.replace('"collector"', '"role"'), str(tmp_path / "spool"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert run_body(tmp_path, lambda *_: None) is ExitCode.STORAGE
+    assert f"kill {process.pid}" in capsys.readouterr().out
+
+
+def test_the_directory_is_made_for_the_group_and_for_nobody_else(tmp_path: Path) -> None:
+    run_body(tmp_path, lambda *_: None)
+    assert (tmp_path / "spool").stat().st_mode & 0o7777 == 0o2750
+
+
+@pytest.mark.parametrize("by_own_thread", [False, True])
+def test_a_storage_fault_stays_up_long_enough_for_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, by_own_thread: bool
+) -> None:
+    assert lifecycle.program.STORAGE_FAULT_MIN_UPTIME_S >= 5.0
+    monkeypatch.setattr(lifecycle.program, "STORAGE_FAULT_MIN_UPTIME_S", 0.7)
+
+    def body(_: Settings, stop: StopRequest) -> None:
+        if by_own_thread:
+            stop.request("the writer thread failed")
+        for _number in range(10):
+            stop.wake()
+        raise OursError("disk")
+
+    assert took_s(lambda: run_body(tmp_path, body)) >= 0.69
+
+
+def test_a_signal_cuts_the_stay_of_a_storage_fault_short(tmp_path: Path) -> None:
+    def body(_: Settings, __: StopRequest) -> None:
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        raise OursError("disk")
+
+    assert took_s(lambda: run_body(tmp_path, body)) < 4
+
+
+def test_leaving_keeps_the_logs_files_for_who_may_only_read(
+    tmp_path: Path, session: Session
+) -> None:
+    script = """
+import pathlib, sys
+from lifecycle import ExitCode, leave
+from spool import SpoolWriter
+writer = SpoolWriter.open(pathlib.Path(sys.argv[1]))
+print("out"); sys.stderr.write("err")
+leave(ExitCode.STORAGE)
+"""
+    process = session.start(script, str(tmp_path))
+    assert process.communicate(timeout=DEADLINE_S) == ("out\n", "err")
+    assert process.returncode == 75
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "spool.db",
+        "spool.db-wal",
+        "spool.db-shm",
+    }
+
+
+def test_a_program_that_ends_in_time_leaves_no_timer_behind(tmp_path: Path) -> None:
+    def body(_: Settings, stop: StopRequest) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.wait(30)
+
+    assert run_body(tmp_path, body) is ExitCode.CLEAN
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
