@@ -13,14 +13,20 @@ from bench.report import Row
 from bench.rig import START_TIMEOUT_S, Rig, rig, wait_for
 from bench.servers import (
     TABLE_REF,
+    Fake,
     PubSub,
     bigquery_environ,
+    distant_bigquery,
     fake_bigquery,
+    fake_pubsub,
     pubsub_servers,
 )
 from spool import sink_path
 
 RUN_TIMEOUT_S = 600.0
+DISTANCE_MS = 20.0
+"""What a service adds that is not on this machine: the way there and back, and its own work."""
+
 LOOK_EVERY_S = 0.05
 """Each look opens the sink's file; more often would take time from what is measured."""
 
@@ -107,11 +113,16 @@ def official_pubsub(server: PubSub, count: int) -> Run:
         return run
 
 
-def to_bigquery(count: int) -> Run:
+def _bigquery(setup: Rig, delay_ms: float) -> Fake:
+    directory = setup.directory
+    return distant_bigquery(directory, delay_ms) if delay_ms else fake_bigquery(directory)
+
+
+def to_bigquery(count: int, delay_ms: float = 0.0) -> Run:
     """Fill a spool and drain it to a new fake of BigQuery, by insert_all."""
     with rig() as setup:
         fill(setup.spool_dir, count)
-        fake = fake_bigquery(setup.directory)
+        fake = _bigquery(setup, delay_ms)
         setup.start(fake.process)
         environ = {**bigquery_environ(fake), "BIGQUERY_WRITE_METHOD": "insert_all"}
         run = forwarder(setup, "bigquery", count, 0, environ)
@@ -119,10 +130,10 @@ def to_bigquery(count: int) -> Run:
         return run
 
 
-def plain_bigquery(count: int) -> Run:
+def plain_bigquery(count: int, delay_ms: float = 0.0) -> Run:
     """Insert the same rows in a plain loop."""
     with rig() as setup:
-        fake = fake_bigquery(setup.directory)
+        fake = _bigquery(setup, delay_ms)
         setup.start(fake.process)
         url = f"http://127.0.0.1:{fake.port}"
         run = reference(setup, ["bench.insert_rows_loop", url, TABLE_REF, str(count)], count)
@@ -144,17 +155,17 @@ def _add(row: Row, ours: Run, theirs: Run) -> None:
 
 
 def pubsub_rows(rounds: int, count: int) -> list[Row]:
-    """Return row 3, one per server."""
+    """Return row 3, one per server; and one for a service that is far away."""
     rows = []
-    with pubsub_servers() as servers:
-        for server in servers:
-            suffix = "" if server.name == "in-repo fake" else "-emulator"
+    with pubsub_servers() as servers, fake_pubsub(DISTANCE_MS) as distant:
+        for server in (*servers, distant):
+            suffix = "" if server is servers[0] else "-emulator"
             row = Row(
-                f"drain-pubsub{suffix}",
+                f"drain-pubsub{'-distant' if server is distant else suffix}",
                 f"forwarder pubsub, {count:,} readings of 8 sites, ordered ÷ the official "
                 "PublisherClient.publish() with ordering keys",
                 "msg/s",
-                ">= 10",
+                "" if server is distant else ">= 10",
                 notes=[f"server: {server.name}, counted there; cursor at the end"],
             )
             # The first run of a Java server is its slowest.
@@ -166,15 +177,19 @@ def pubsub_rows(rounds: int, count: int) -> list[Row]:
 
 
 def bigquery_rows(rounds: int, count: int) -> list[Row]:
-    """Return row 4."""
-    row = Row(
-        "drain-bigquery",
-        f"forwarder bigquery by insert_all, {count:,} readings ÷ a plain loop of "
-        "insert_rows_json with 500 rows a call",
-        "rows/s",
-        ">= 3",
-        notes=["server: in-repo fake, counted there; cursor at the end"],
-    )
-    for _ in range(rounds):
-        _add(row, to_bigquery(count), plain_bigquery(count))
-    return [row]
+    """Return row 4, with the service on this machine, and with one that is far away."""
+    rows = []
+    for delay_ms, suffix in ((0.0, ""), (DISTANCE_MS, "-distant")):
+        late = f", answers {delay_ms:.0f} ms later" if delay_ms else ""
+        row = Row(
+            f"drain-bigquery{suffix}",
+            f"forwarder bigquery by insert_all, {count:,} readings ÷ a plain loop of "
+            "insert_rows_json with 500 rows a call",
+            "rows/s",
+            ">= 3",
+            notes=[f"server: in-repo fake{late}, counted there; cursor at the end"],
+        )
+        for _ in range(rounds):
+            _add(row, to_bigquery(count, delay_ms), plain_bigquery(count, delay_ms))
+        rows.append(row)
+    return rows

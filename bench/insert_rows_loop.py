@@ -1,7 +1,8 @@
 """The reference of the drain to BigQuery: a plain loop of ``insert_rows_json``.
 
-``python -m bench.insert_rows_loop URL TABLE COUNT`` inserts the rows that our forwarder makes
-of the first COUNT readings, 500 a call. They are made beforehand, in the reference's favour.
+``python -m bench.insert_rows_loop URL TABLE COUNT`` inserts the first COUNT readings, 500 a
+call, with the columns and insert ids that our forwarder writes. It has the readings in memory;
+ours reads them from the disk and checks them.
 """
 
 import sys
@@ -11,15 +12,33 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import bigquery
 
 from bench.fill import rows
-from forwarder.table import COLUMNS
+from forwarder.event import rfc3339
+from spool import Reading
 
 CALL_ROWS = 500
 TIMEOUT_S = 60.0
 
 
+def _row(reading: Reading) -> dict[str, object]:
+    seq, identity, received_us, timestamp_us, site, sensor, tag, value, topic, payload, _ = reading
+    return {
+        "event_id": identity.hex(),
+        "site_code": site,
+        "sensor_id": sensor,
+        "pi_tag": tag,
+        "timestamp": rfc3339(timestamp_us),
+        "value": value,
+        "topic": topic,
+        "payload": payload.decode(),
+        "received_at": rfc3339(received_us),
+        "source": "bench",
+        "seq": seq,
+    }
+
+
 def main(url: str, table: str, count: int) -> None:
     """Insert, and print the seconds from the client's making to the last answer."""
-    prepared = [({c.name: c.value(r, "bench") for c in COLUMNS}, r[1].hex()) for r in rows(count)]
+    readings = list(rows(count))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
@@ -30,9 +49,12 @@ def main(url: str, table: str, count: int) -> None:
         client_options={"api_endpoint": url},
     )
     for start in range(0, count, CALL_ROWS):
-        part = prepared[start : start + CALL_ROWS]
+        part = readings[start : start + CALL_ROWS]
         errors = client.insert_rows_json(
-            table, [row for row, _ in part], row_ids=[i for _, i in part], timeout=TIMEOUT_S
+            table,
+            [_row(reading) for reading in part],
+            row_ids=[reading[1].hex() for reading in part],
+            timeout=TIMEOUT_S,
         )
         if errors:
             raise SystemExit(f"refused: {errors[:3]}")

@@ -1,17 +1,18 @@
 """The reference of the drain to Pub/Sub: the official publisher, with ordering keys.
 
 ``python -m bench.official_publisher TOPIC COUNT`` (PUBSUB_EMULATOR_HOST says where) publishes
-the messages that our forwarder makes of the first COUNT readings, with the same attributes.
-They are made beforehand, which is in the reference's favour: ours makes them while it drains.
+the first COUNT readings as the same messages as our forwarder's, with the same attributes. It
+has the readings in memory; ours reads them from the disk and checks them.
 """
 
 import sys
 import time
 
-from google.cloud import pubsub_v1
+from google.cloud import pubsub_v1  # type: ignore[attr-defined] # a namespace package
 
 from bench.fill import rows
 from forwarder.event import SCHEMA_VERSION, kpi_event
+from spool import Reading
 
 RESULT_TIMEOUT_S = 300.0
 
@@ -19,23 +20,20 @@ BATCH = pubsub_v1.types.BatchSettings(max_messages=1_000, max_bytes=9_000_000, m
 """As large as the service allows, like ours."""
 
 
+def _attributes(reading: Reading) -> dict[str, str]:
+    return {
+        "event_id": reading[1].hex(),
+        "site_code": reading[4],
+        "kpi_name": reading[6],
+        "source": "bench",
+        "seq": str(reading[0]),
+        "schema_version": str(SCHEMA_VERSION),
+    }
+
+
 def main(topic: str, count: int) -> None:
     """Publish, and print the seconds from the client's making to the last confirmation."""
-    messages = [
-        (
-            kpi_event(row),
-            row[4],
-            {
-                "event_id": row[1].hex(),
-                "site_code": row[4],
-                "kpi_name": row[6],
-                "source": "bench",
-                "seq": str(row[0]),
-                "schema_version": str(SCHEMA_VERSION),
-            },
-        )
-        for row in rows(count)
-    ]
+    readings = list(rows(count))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
@@ -45,8 +43,8 @@ def main(topic: str, count: int) -> None:
         publisher_options=pubsub_v1.types.PublisherOptions(enable_message_ordering=True),
     )
     futures = [
-        client.publish(topic, data, ordering_key=site, **attributes)
-        for data, site, attributes in messages
+        client.publish(topic, kpi_event(reading), ordering_key=reading[4], **_attributes(reading))
+        for reading in readings
     ]
     for future in futures:
         future.result(RESULT_TIMEOUT_S)

@@ -5,6 +5,7 @@ and exits when the broker has acknowledged all of them.
 """
 
 import argparse
+import os
 import selectors
 import socket
 import struct
@@ -136,32 +137,63 @@ def build(first: int, count: int, connections: int) -> list[list[tuple[bytes, in
     return shares
 
 
-def run(port: int, shares: list[list[tuple[bytes, int]]], rate: float = 0.0) -> float:
+class Gate:
+    """How many messages may have been published so far, as lines on standard input say."""
+
+    def __init__(self) -> None:
+        self.allowed = 0
+        self._rest = b""
+
+    def read(self) -> None:
+        """Take in the lines that are there; the last one counts."""
+        *lines, self._rest = (self._rest + os.read(sys.stdin.fileno(), 65_536)).split(b"\n")
+        if lines:
+            self.allowed = int(lines[-1])
+
+
+def run(
+    port: int,
+    shares: list[list[tuple[bytes, int]]],
+    rate: float = 0.0,
+    gate: Gate | None = None,
+) -> float:
     """Publish everything; return the seconds until the last acknowledgement.
 
     Args:
         port: The broker's.
         shares: From :func:`build`.
         rate: Messages per second over all connections; 0 for as fast as possible.
+        gate: Holds the messages back until somebody lets them through.
     """
     connections = [_Connection(port, i, blocks) for i, blocks in enumerate(shares)]
     selector = selectors.DefaultSelector()
     for connection in connections:
         selector.register(connection.sock, selectors.EVENT_READ, connection)
+    if gate is not None:
+        selector.register(sys.stdin, selectors.EVENT_READ, gate)
     begun = time.perf_counter()
     while any(c.acked < c.total for c in connections):
         allowed = (time.perf_counter() - begun) * rate if rate else float("inf")
+        if gate is not None:
+            allowed = min(allowed, gate.allowed)
         sent = sum(c.sent for c in connections)
         for connection in connections:
             may = connection.may_send and sent < allowed
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if may else 0)
             selector.modify(connection.sock, events, connection)
         for key, events in selector.select(0.01 if rate else 1.0):
-            if events & selectors.EVENT_READ:
-                key.data.receive()
-            if events & selectors.EVENT_WRITE:
-                key.data.send()
+            _serve(key.data, events)
     return time.perf_counter() - begun
+
+
+def _serve(ready: _Connection | Gate, events: int) -> None:
+    if isinstance(ready, Gate):
+        ready.read()
+        return
+    if events & selectors.EVENT_READ:
+        ready.receive()
+    if events & selectors.EVENT_WRITE:
+        ready.send()
 
 
 def main() -> None:
@@ -173,13 +205,17 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--wait", action="store_true", help="begin at a line on standard input")
+    parser.add_argument(
+        "--gated", action="store_true", help="publish as many as the last line on stdin says"
+    )
     arguments = parser.parse_args()
     shares = build(arguments.first, arguments.count, arguments.connections)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     if arguments.wait:
         sys.stdin.readline()
-    seconds = run(arguments.port, shares, arguments.rate)
+    gate = Gate() if arguments.gated else None
+    seconds = run(arguments.port, shares, arguments.rate, gate)
     sys.stdout.write(f"{seconds:.3f}\n")
 
 

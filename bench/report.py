@@ -1,9 +1,14 @@
 """What a comparison says, and the table of all of them."""
 
 import json
+import os
+import platform
+import shutil
+import sqlite3
 import statistics
+import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -84,7 +89,7 @@ def _spread(values: Sequence[float]) -> str:
 def table(rows: Iterable[Row]) -> str:
     """Return the table as Markdown."""
     lines = [
-        "| name | ours (min … max) | reference | ratio (min … max) | target | holds | CPU µs | RSS MB |",
+        "| name | ours (min … max) | reference | ratio (min … max) | target | ok | CPU µs | MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -105,9 +110,27 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def save(rows: Iterable[Row]) -> Path:
-    """Write the figures as JSON; return where."""
+def machine() -> dict[str, object]:
+    """Return what the figures depend on beside the code."""
+    broker = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    version = ""
+    if broker is not None:
+        asked = subprocess.run([broker, "-h"], check=False, capture_output=True, text=True)  # noqa: S603 - a fixed command
+        version = asked.stdout.partition("\n")[0]
+    return {
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "broker": version,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def save(rows: Iterable[Row], about: Mapping[str, object]) -> Path:
+    """Write the figures, and what they depend on, as JSON; return where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("%Y%m%dT%H%M%SZ.json", time.gmtime())
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    document = {"machine": dict(about), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

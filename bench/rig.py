@@ -89,8 +89,17 @@ class Rig:
             )
         )
 
-    def publisher(self, count: int, first: int = 0, rate: float = 0.0) -> Process:
-        """Start a load generator that waits for a line before it begins."""
+    def publisher(
+        self, count: int, first: int = 0, rate: float = 0.0, *, gated: bool = False
+    ) -> Process:
+        """Start a load generator that waits for a line before it begins.
+
+        Args:
+            count: Readings.
+            first: Number of the first one.
+            rate: Per second; 0 for as fast as possible.
+            gated: Whether each line tells how many readings may have been sent by then.
+        """
         process = self.start(
             Process.python(
                 f"publish-{first}",
@@ -100,7 +109,7 @@ class Rig:
                     f"--count={count}",
                     f"--first={first}",
                     f"--rate={rate}",
-                    "--wait",
+                    "--gated" if gated else "--wait",
                 ],
                 self.directory,
             )

@@ -19,6 +19,14 @@ from bench.rig import START_TIMEOUT_S, free_port
 
 PROJECT, DATASET, TABLE = "bench", "plant", "readings"
 TABLE_REF = f"{PROJECT}.{DATASET}.{TABLE}"
+NAMES = {
+    "GCP_PROJECT_ID": PROJECT,
+    "PUBSUB_TOPIC": "unused",
+    "BIGQUERY_DATASET": DATASET,
+    "BIGQUERY_TABLE": TABLE,
+}
+"""What the settings want of every program, whichever service it uses."""
+
 EMULATOR_START_TIMEOUT_S = 60.0
 PULL_MESSAGES = 1_000
 COUNT_TIMEOUT_S = 300.0
@@ -38,12 +46,15 @@ class Fake:
     Args:
         kind: ``pubsub`` or ``bigquery``.
         directory: For its log.
-        arguments: Of ``python -m tests.fakes KIND``.
+        arguments: Of ``python -m MODULE KIND``.
+        module: What serves; ``bench.distant`` for a service that is far away.
     """
 
-    def __init__(self, kind: str, directory: Path, *arguments: str) -> None:
+    def __init__(
+        self, kind: str, directory: Path, *arguments: str, module: str = "tests.fakes"
+    ) -> None:
         self.process = Process.python(
-            f"fake-{kind}-{uuid.uuid4().hex[:6]}", ["tests.fakes", kind, *arguments], directory
+            f"fake-{kind}-{uuid.uuid4().hex[:6]}", [module, kind, *arguments], directory
         )
         line = self.process.wait_output('"serving"', START_TIMEOUT_S).splitlines()[-1]
         self.port = int(json.loads(line)["port"])
@@ -66,14 +77,20 @@ def fake_bigquery(directory: Path, port: int = 0) -> Fake:
     return Fake("bigquery", directory, f"--port={port}", f"--table={TABLE_REF}", "--create")
 
 
+def distant_bigquery(directory: Path, delay_ms: float) -> Fake:
+    """Start a fake of BigQuery whose answers take ``delay_ms`` longer."""
+    return Fake(
+        "bigquery",
+        directory,
+        f"--delay-ms={delay_ms}",
+        f"--table={TABLE_REF}",
+        module="bench.distant",
+    )
+
+
 def bigquery_environ(fake: Fake) -> dict[str, str]:
     """Return what leads a forwarder to the fake."""
-    return {
-        "GCP_PROJECT_ID": PROJECT,
-        "BIGQUERY_DATASET": DATASET,
-        "BIGQUERY_TABLE": TABLE,
-        "BIGQUERY_EMULATOR_HOST": f"http://127.0.0.1:{fake.port}",
-    }
+    return {**NAMES, "BIGQUERY_EMULATOR_HOST": f"http://127.0.0.1:{fake.port}"}
 
 
 class PubSub:
@@ -90,6 +107,11 @@ class PubSub:
         self.process = process
         self._fake = fake
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+    @property
+    def counts_messages(self) -> bool:
+        """Whether the server tells what it received; otherwise a subscription has to."""
+        return self._fake is not None
 
     def new_topic(self) -> str:
         """Create a topic; return its full name."""
@@ -108,11 +130,7 @@ class PubSub:
 
     def environ(self, topic: str) -> dict[str, str]:
         """Return what leads a forwarder to the topic."""
-        return {
-            "GCP_PROJECT_ID": PROJECT,
-            "PUBSUB_TOPIC": topic,
-            "PUBSUB_EMULATOR_HOST": self.address,
-        }
+        return {**NAMES, "PUBSUB_TOPIC": topic, "PUBSUB_EMULATOR_HOST": self.address}
 
     def count(self, topic: str, expected: int) -> int:
         """Return how many messages the topic received; takes them out of the emulator."""
@@ -196,11 +214,17 @@ def find_emulator() -> Path | None:
 
 
 @contextlib.contextmanager
-def fake_pubsub() -> Iterator[PubSub]:
-    """Run the in-repo fake of Pub/Sub."""
+def fake_pubsub(delay_ms: float = 0.0) -> Iterator[PubSub]:
+    """Run the in-repo fake of Pub/Sub, its answers ``delay_ms`` late."""
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as directory:
-        fake = Fake("pubsub", Path(directory))
-        server = PubSub("in-repo fake", f"127.0.0.1:{fake.port}", fake, fake.process)
+        name = "in-repo fake"
+        if delay_ms:
+            name = f"in-repo fake, answers {delay_ms:.0f} ms later"
+            far = f"--delay-ms={delay_ms}"
+            fake = Fake("pubsub", Path(directory), far, module="bench.distant")
+        else:
+            fake = Fake("pubsub", Path(directory))
+        server = PubSub(name, f"127.0.0.1:{fake.port}", fake, fake.process)
         try:
             yield server
         finally:

@@ -1,0 +1,58 @@
+"""A fake of ``tests.fakes`` that answers later, as a service does that is not on this machine.
+
+``python -m bench.distant pubsub|bigquery --delay-ms D`` prints what ``python -m tests.fakes``
+prints: a JSON line when it serves, and one with its counts at each SIGUSR1. Requests wait side
+by side; only those that bring data wait.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+
+from tests.fakes import FakeBigQuery, FakePubSub
+
+_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["pubsub", "bigquery"])
+    parser.add_argument("--delay-ms", type=float, required=True)
+    parser.add_argument("--table", default="")
+    arguments = parser.parse_args()
+    # Blocked before any thread starts, so that all inherit it and only sigwait gets them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    delay_s = arguments.delay_ms / 1e3
+    if arguments.kind == "pubsub":
+        with FakePubSub(keep=False) as pubsub:
+            pubsub.faults.delay(delay_s)
+            _serve(
+                pubsub.port,
+                lambda: {
+                    "violations": len(pubsub.violations),
+                    "topics": {topic: pubsub.topic_count(topic) for topic in pubsub.topics()},
+                },
+            )
+    else:
+        with FakeBigQuery(keep=False) as bigquery:
+            bigquery.create_table(arguments.table)
+            bigquery.faults.delay(delay_s)
+            _serve(bigquery.port, lambda: {"tables": {arguments.table: bigquery.count}})
+
+
+def _serve(port: int, counts: Callable[[], dict[str, object]]) -> None:
+    _tell({"event": "serving", "port": port})
+    while signal.sigwait(_SIGNALS) == signal.SIGUSR1:
+        _tell({"event": "counts", **counts()})
+
+
+def _tell(line: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
