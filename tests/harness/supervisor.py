@@ -1,7 +1,9 @@
 """The same system under a real supervisord, with the repository's supervisord.conf."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,14 +73,19 @@ class Supervisor(Program):
 
     @contextmanager
     def supervising(self) -> Iterator[Self]:
-        """Start it, and at the end leave nothing of it running."""
-        self.start()
+        """Start it, and at the end leave nothing of it running, whatever happened."""
         try:
+            self.start()
             yield self
         finally:
-            if self.running:
-                self.stop()
-            wait_until(lambda: not self.orphans(), ORPHANS_TIMEOUT_S, "all programs have ended")
+            try:
+                if self.running:
+                    self.stop()
+                wait_until(lambda: not self.orphans(), ORPHANS_TIMEOUT_S, "all programs have ended")
+            finally:
+                self.kill()
+                for pid in self.orphans():
+                    os.kill(pid, signal.SIGKILL)
 
     def orphans(self) -> list[int]:
         """Return the process ids in the lock files, as far as those processes live."""
