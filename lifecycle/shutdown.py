@@ -1,11 +1,15 @@
 """The wish to stop: SIGTERM or SIGINT, or a supervisor that is gone."""
 
+import ctypes
 import os
 import select
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent dies."""
 
 STOP_GRACE_S = 8.0
 """Within 10 s of SIGTERM a program has ended, whatever it waits for."""
@@ -41,6 +45,9 @@ class StopRequest:
             grace_s: How long it has from the first wish to stop.
         """
         self._grace_s = grace_s
+        if self._parent:
+            # The kernel tells of the supervisor's death, also a thread that waits for a service.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         signal.signal(signal.SIGALRM, lambda *_: on_overdue())
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)

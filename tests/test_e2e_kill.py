@@ -22,6 +22,8 @@ RATE = 400
 
 SOME = RATE // 2
 TIMEOUT_S = 40.0
+ORPHANS_END_S = 12.0
+"""10 s, and what a busy machine needs to notice."""
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +159,16 @@ def test_kill_9_of_the_broker_under_load_leaves_the_collector_in_order() -> None
         assert len(spooled) == figures.spooled
         for sink in rig.sinks:
             assert_all_received(there, rig.cloud.received(sink))
+
+
+def test_orphans_end_in_time_although_the_services_hang() -> None:
+    with Rig() as rig:
+        rig.broker.start()
+        with Supervisor(rig).supervising() as supervisor:
+            for service in (rig.cloud.pubsub, rig.cloud.bigquery):
+                service.faults.hang(times=None, calls={"*"})
+            rig.publish(SOME)
+            for service in (rig.cloud.pubsub, rig.cloud.bigquery):
+                assert service.faults.wait_fired(1, TIMEOUT_S)
+            supervisor.kill()
+            wait_until(lambda: not supervisor.orphans(), ORPHANS_END_S, "all programs ended")
