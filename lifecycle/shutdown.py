@@ -106,15 +106,14 @@ class StopRequest:
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a wake-up or for ``timeout_s``; return whether to stop."""
-        if not self.requested and timeout_s > 0:
-            self.sleep(timeout_s)
-        self.drain()
+        self.sleep(0.0 if self.requested else max(0.0, timeout_s))
         return self.requested
 
     def sleep(self, timeout_s: float) -> None:
         """Sleep until a wake-up or for ``timeout_s``, even where the stop was asked for."""
-        select.select([self._receiver], [], [], timeout_s)
-        self.drain()
+        # Reading when there is nothing raises, which would be most of what an idle poll costs.
+        if select.select([self._receiver], [], [], timeout_s)[0]:
+            self.drain()
 
     def close(self) -> None:
         """Give the descriptors back. A later wake-up has no effect."""
