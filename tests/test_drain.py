@@ -195,8 +195,9 @@ def test_every_row_is_settled_exactly_once_and_in_order(
     bench.close()
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), trouble=st.floats(0.2, 0.8), steps=st.integers(1, 4))
+# Few examples: each is up to some hundred restarts, with their syncs.
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), trouble=st.floats(0.2, 0.6), steps=st.integers(1, 4))
 def test_a_restart_at_any_wait_repeats_but_loses_and_reorders_nothing(
     tmp_path_factory: pytest.TempPathFactory, seed: int, trouble: float, steps: int
 ) -> None:
