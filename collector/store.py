@@ -122,8 +122,8 @@ class Store:
     def _run(self) -> None:
         # A dead thread in a live process would take messages and never acknowledge one.
         try:
-            while not self._inbox.finished:
-                self._turn()
+            while not self._inbox.finished and self._turn():
+                pass
             self._farewell()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
             if isinstance(error, DiskFullError) and self._stop.requested:
@@ -140,13 +140,17 @@ class Store:
             # Everything acknowledged is durable without it; the next start does it.
             log.warning("could not tidy up before the end: %s", error)
 
-    def _turn(self) -> None:
+    def _turn(self) -> bool:
+        """Store and acknowledge what waits; return whether to go on."""
         self._watchdog.beat(LOOP)
         taken = self._inbox.take(GROUP_MAX_MESSAGES, 0.0 if self._house.more else IDLE_WAIT_S)
         if taken:
             group = self._group(taken)
             if not self._commit(group):
-                return  # asked to stop while there was no room: the broker keeps the messages
+                # Asked to stop while there was no room: the broker keeps these messages, and
+                # so also what came after them. A later, smaller group might fit, and would
+                # overtake them.
+                return False
             for generation, acks in group.acks:
                 self._acknowledge(generation, acks)
         while self._meta:
@@ -157,6 +161,7 @@ class Store:
         except DiskFullError as error:
             self._reopen_after(error)
         self._notices.flush()
+        return True
 
     def _group(self, taken: Sequence[Delivered]) -> _Group:
         """Sort the messages into readings, duplicates and rejections."""

@@ -148,6 +148,13 @@ def test_kill_9_of_the_broker_under_load_leaves_the_collector_in_order() -> None
             wait_for_traffic(rig)
         # What a killed broker had acknowledged and not yet passed on or saved is the
         # broker's to lose (deploy/mosquitto.conf); what the collector has goes on whole.
+        # The last one was sent to the new broker, behind all that it has to pass on.
+        last = rig.publisher.samples[-1].number
+        wait_until(
+            lambda: rig.books.rows("spool", f"SELECT 1 FROM reading_row WHERE value = {last}"),
+            TIMEOUT_S,
+            "the last reading is spooled",
+        )
         wait_until(
             lambda: all(s.pending == 0 for s in rig.books.figures().sinks.values()),
             TIMEOUT_S,
