@@ -151,7 +151,7 @@ def test_kill_9_of_the_broker_under_load_leaves_the_collector_in_order() -> None
         # The last one was sent to the new broker, behind all that it has to pass on.
         last = rig.publisher.samples[-1].number
         wait_until(
-            lambda: rig.books.rows("spool", f"SELECT 1 FROM reading_row WHERE value = {last}"),
+            lambda: (last,) in rig.books.rows("spool", "SELECT value FROM reading_row"),
             TIMEOUT_S,
             "the last reading is spooled",
         )
