@@ -13,6 +13,8 @@ POLL_S = 0.02
 # client that tries a closed port long enough would one day be connected to itself.
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 
+_given: set[int] = set()
+
 T = TypeVar("T")
 
 
@@ -32,15 +34,22 @@ def wait_until(condition: Callable[[], T], timeout_s: float, what: str) -> T:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on now."""
+    """Return a TCP port that nobody listens on now; a different one each time.
+
+    A system's services get theirs before the first of them listens: drawn blindly, two of a
+    few hundred systems had one port for two services.
+    """
     while True:
         port = random.randint(_FIRST_PORT, _LAST_PORT)  # noqa: S311 - no secret
+        if port in _given:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port))
             except OSError:
                 continue
+            _given.add(port)
             return port
 
 
