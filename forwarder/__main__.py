@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> ExitCode:
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     watchdog = Watchdog([LOOP], WATCHDOG_S)
     state = SinkState.open(settings.spool_dir, name)
-    sink = build(name, settings)
+    sink = build(name, settings, state)
     try:
         Drain(
             directory=settings.spool_dir,

@@ -198,14 +198,19 @@ class TableService:
         status = int(error.code or 0)
         blame = blame_http(status, reason)
         problem = f"request to BigQuery for {self.table}: HTTP {status} {reason}: {error.message}"
-        settling = time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
-        if status == 404 and settling:  # noqa: PLR2004 - HTTP's number
+        if status == 404 and self.settling:  # noqa: PLR2004 - HTTP's number
             return Blame.NOBODY, Fault(FaultKind.TRANSIENT, f"{problem} (the table is new)")
         if blame is not Blame.OPERATOR:
             return blame, Fault(FaultKind.TRANSIENT, problem)
-        return blame, Fault(FaultKind.HOLD, problem, self._remedy(status))
+        return blame, Fault(FaultKind.HOLD, problem, self.remedy(status))
 
-    def _remedy(self, status: int) -> str:
+    @property
+    def settling(self) -> bool:
+        """Whether the table is so new that the service may not find it yet."""
+        return time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
+
+    def remedy(self, status: int) -> str:
+        """Return what to do about an HTTP status 401, 403 or 404."""
         if status == 404:  # noqa: PLR2004 - HTTP's number
             statement = ddl(self.table).replace("\n", " ")
             return (

@@ -8,13 +8,14 @@ rows in the same order, before anything later is read.
 import contextlib
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
-from forwarder.sink import Delivery, Fault, FaultKind, Sink
+from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields
 from spool import (
     SPOOL_DAMAGED,
@@ -142,6 +143,7 @@ class Drain:
         self._clock = clock
         self._reader: SpoolReader | None = None
         self._position = 0
+        self._resume_through = 0
         self._status = ("", "")
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
@@ -204,6 +206,8 @@ class Drain:
         self._position = self._state.position(reader.epoch)
         reader.check_position(self._position)
         self._skip_other_environment(reader)
+        if isinstance(self._sink, JournalledSink):
+            self._resume_through = self._sink.resume(reader.epoch)
         log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
 
     def _skip_other_environment(self, reader: SpoolReader) -> None:
@@ -223,7 +227,7 @@ class Drain:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
         while not self._stop.requested:
-            rows = reader.read_after(self._position, self._batch_rows, self._sink.max_bytes)
+            rows = self._read(reader)
             if not rows:
                 # Rows may have been dropped unseen to the very last one.
                 self._position_check(reader)
@@ -236,6 +240,13 @@ class Drain:
             if self._max_rate:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
         return any_rows
+
+    def _read(self, reader: SpoolReader) -> list[Reading]:
+        """Read the next batch; all that the sink was sending when it was interrupted."""
+        interrupted = self._resume_through - self._position
+        if interrupted > 0:
+            return reader.read_after(self._position, interrupted, sys.maxsize)
+        return reader.read_after(self._position, self._batch_rows, self._sink.max_bytes)
 
     def _position_check(self, reader: SpoolReader) -> None:
         last = reader.last_seq()
@@ -286,6 +297,8 @@ class Drain:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
                 self._set_status("delivering", "")
                 return
+            if progressed and delivery.fault is None:
+                continue  # what is confirmed had to be settled first
             failures = 1 if progressed else failures + 1
             if self._wait_after(delivery.fault, failures, len(todo)):
                 return

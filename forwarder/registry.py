@@ -5,29 +5,47 @@ from collections.abc import Callable
 from forwarder.logsink import LogSink
 from forwarder.sink import Sink
 from lifecycle import Settings
+from spool import SinkState
 
 # The clients of the cloud are imported only where they are used: APP_ENV=LOCAL, and the
 # other sink's process, save their memory.
 
 
-def _pubsub(settings: Settings) -> Sink:
+def _pubsub(settings: Settings, _: SinkState) -> Sink:
     from forwarder.pubsub import PubSubSink  # noqa: PLC0415 - see above
 
     return PubSubSink(settings)
 
 
-def _bigquery(settings: Settings) -> Sink:
-    from forwarder.bigquery import InsertAllSink  # noqa: PLC0415 - see above
+def _bigquery(settings: Settings, state: SinkState) -> Sink:
+    # The one place that knows BIGQUERY_WRITE_METHOD.
+    if settings.bigquery_write_method == "insert_all":
+        from forwarder.bigquery import InsertAllSink  # noqa: PLC0415 - see above
 
-    # The one place that knows BIGQUERY_WRITE_METHOD; the settings allow what is built.
-    return {"insert_all": InsertAllSink}[settings.bigquery_write_method](settings)
+        return InsertAllSink(settings)
+    if settings.bigquery_write_method == "storage_default":
+        from forwarder.defaultstream import DefaultStreamSink  # noqa: PLC0415 - see above
+
+        return DefaultStreamSink(settings)
+    from forwarder.storage import StorageSink  # noqa: PLC0415 - see above
+
+    return StorageSink(settings, state)
 
 
-SINKS: dict[str, Callable[[Settings], Sink]] = {"pubsub": _pubsub, "bigquery": _bigquery}
+SINKS: dict[str, Callable[[Settings, SinkState], Sink]] = {
+    "pubsub": _pubsub,
+    "bigquery": _bigquery,
+}
 
 
-def build(name: str, settings: Settings) -> Sink:
-    """Return the sink ``name``, or the log in its place where APP_ENV is LOCAL."""
+def build(name: str, settings: Settings, state: SinkState) -> Sink:
+    """Return the sink ``name``, or the log in its place where APP_ENV is LOCAL.
+
+    Args:
+        name: One of :data:`SINKS`.
+        settings: Where to deliver, and how.
+        state: The sink's own file.
+    """
     if settings.app_env == "LOCAL":
         return LogSink(name)
-    return SINKS[name](settings)
+    return SINKS[name](settings, state)

@@ -3,13 +3,14 @@
 A sink is handed rows and says what became of each. It keeps no state that a crash could
 lose: what it answered is made durable by the drain loop, and what it did not answer is
 handed to it again. It therefore has to bear the same row twice (every service here has a
-way: ``event_id``, offsets, insert ids).
+way: ``event_id``, offsets, insert ids). The one exception keeps a journal in the sink's own
+file, which the drain loop's settlement clears (:class:`JournalledSink`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from spool import DeadLetter, Reading
 
@@ -48,7 +49,8 @@ class Delivery:
     """
 
     retry: list[Reading] = field(default_factory=list)
-    """In the order of seq. Not empty only with a fault."""
+    """In the order of seq. Without a fault only when others of the batch were delivered: then
+    these are handed in again at once, after those are settled."""
     dead: list[DeadLetter] = field(default_factory=list)
     fault: Fault | None = None
 
@@ -76,3 +78,16 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Let go of connections. No delivery is under way."""
+
+
+@runtime_checkable
+class JournalledSink(Sink, Protocol):
+    """A sink that notes durably what it is about to send, to send the same after a crash."""
+
+    def resume(self, epoch: str) -> int:
+        """Take up the spool of ``epoch``, before its first batch.
+
+        Returns:
+            The seq through which the first batch has to reach, because rows up to there were
+            being sent together; 0 if there were none.
+        """

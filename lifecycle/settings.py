@@ -28,6 +28,8 @@ TOPIC_FILTER_MAX_BYTES = 65_535
 
 AppEnv = Literal["LOCAL", "DEV", "PPRD", "PRD"]
 TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
+WriteMethod = Literal["storage", "storage_default", "insert_all"]
+DEFAULT_WRITE_METHOD: WriteMethod = "insert_all"
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
@@ -84,7 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pubsub_endpoint: HostPort = ""
     pubsub_emulator_host: HostPort = ""
     bigquery_create_table: bool = False
-    bigquery_write_method: Literal["insert_all"] = "insert_all"
+    bigquery_write_method: WriteMethod = DEFAULT_WRITE_METHOD
     bigquery_emulator_host: Url = ""
     bigquery_storage_emulator_host: HostPort = ""
     google_application_credentials: str = ""
@@ -125,7 +127,7 @@ _EXPECTED = {
     "pubsub_endpoint": "a host or host:port, such as europe-west1-pubsub.googleapis.com:443",
     "pubsub_emulator_host": "host:port",
     "bigquery_create_table": "true or false",
-    "bigquery_write_method": "insert_all",
+    "bigquery_write_method": "storage (exactly once), storage_default or insert_all",
     "bigquery_emulator_host": "a URL without a path, such as http://localhost:9050",
     "bigquery_storage_emulator_host": "host:port",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
@@ -271,6 +273,14 @@ def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) ->
             for field, needed in required.items()
             if needed and not given(field)
         ]
+    if values.get("bigquery_write_method", DEFAULT_WRITE_METHOD) != "insert_all" and given(
+        "bigquery_emulator_host"
+    ) != given("bigquery_storage_emulator_host"):
+        problems.append(
+            "BIGQUERY_STORAGE_EMULATOR_HOST: with this BIGQUERY_WRITE_METHOD the table is read "
+            "from BIGQUERY_EMULATOR_HOST and written at BIGQUERY_STORAGE_EMULATOR_HOST; expected "
+            "both or neither"
+        )
     if given("mqtt_tls_cert_file") != given("mqtt_tls_key_file"):
         problems.append(
             "MQTT_TLS_CERT_FILE: a client certificate needs both MQTT_TLS_CERT_FILE and "

@@ -6,7 +6,7 @@
 * ``spool.db`` belongs to the collector: readings (``reading_row``), rejected messages
   (``rejected_row``), counters, and a snapshot of the sinks' progress;
 * ``pubsub.db`` and ``bigquery.db`` belong to the forwarder of that name: its cursor, its dead
-  letters, its gaps, its counters.
+  letters, its gaps, its counters; in the latter also the append journal.
 
 Everybody else opens a file read-only. Separate files, because a cursor's sync would otherwise
 stand in the way of the collector's (measured on a slow disk: 743 ms instead of 15 ms at the
@@ -25,6 +25,9 @@ once it is durable. ``seq`` grows by one per row and has no holes but at the low
 delivered, became dead letters, or were found missing (a gap), all in one transaction
 (:class:`SinkState`). The cursor names the epoch of the spool it belongs to; a spool with
 another epoch is read from its start, a cursor beyond the spool's end is an alarm.
+
+A sink whose service takes rows at numbered places (:class:`AppendJournal`) notes each append
+before it sends it, so that a crash repeats the same rows at the same place.
 
 **Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes, in small steps,
 what every enabled sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep
@@ -49,6 +52,7 @@ from spool.errors import (
 )
 from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
+from spool.journal import AppendJournal, Cut, Journal
 from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import (
@@ -70,14 +74,17 @@ __all__ = [
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
     "SPOOL_DAMAGED",
+    "AppendJournal",
     "Ballast",
     "Budget",
     "CorruptFileError",
     "CursorAheadError",
+    "Cut",
     "DeadLetter",
     "DiskFullError",
     "FileMissingError",
     "Gap",
+    "Journal",
     "Level",
     "NewReading",
     "NewerFormatError",

@@ -50,6 +50,11 @@ def _sink_1(db: Database) -> None:
     _run_script(db, "sink_1.sql", 1)
 
 
+@sink_migrations(name="2")
+def _sink_2(db: Database) -> None:
+    _run_script(db, "sink_2.sql", 2)
+
+
 def migrate(
     conn: sqlite3.Connection,
     migrations: Migrations,

@@ -15,7 +15,7 @@ from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
 from spool.records import READING_COLUMNS, Reading
 
-SINK_FORMAT = 1
+SINK_FORMAT = 2
 
 _INSERT_DEAD = (
     f"INSERT INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
@@ -104,7 +104,8 @@ class SinkState:
         self._conn.close()
 
     @contextmanager
-    def _transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+    def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+        """Give out the connection within one transaction; durable when the block has ended."""
         try:
             self._conn.execute("BEGIN IMMEDIATE")
             yield self._conn
@@ -135,7 +136,7 @@ class SinkState:
         """Move the cursor, with everything that explains the move, in one durable step."""
         now_us = time.time_ns() // 1000
         s = settlement
-        with self._transaction("move the cursor") as conn:
+        with self.transaction("move the cursor") as conn:
             new = 0
             for letter in s.dead:
                 seq, *columns = letter.row
@@ -154,6 +155,13 @@ class SinkState:
                 "dropped": sum(gap.rows for gap in s.gaps),
             }
             conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
+            # What the cursor has passed was confirmed, or is settled in another way.
+            conn.execute(
+                "DELETE FROM append_cut WHERE epoch <> ? OR last_seq <= ?", (s.epoch, s.seq)
+            )
+            conn.execute(
+                "DELETE FROM append_left_out WHERE epoch <> ? OR seq <= ?", (s.epoch, s.seq)
+            )
             conn.execute(
                 "INSERT INTO cursor (id, epoch, seq, updated_us) VALUES (1, ?, ?, ?) ON CONFLICT "
                 "(id) DO UPDATE SET epoch=excluded.epoch, seq=excluded.seq, "
@@ -163,7 +171,7 @@ class SinkState:
 
     def set_status(self, state: str, detail: str) -> None:
         """Say what the forwarder is doing, for people and for the collector's snapshot."""
-        with self._transaction("write the status") as conn:
+        with self.transaction("write the status") as conn:
             conn.execute(
                 "INSERT INTO status (id, state, detail, since_us) VALUES (1, ?, ?, ?) ON CONFLICT "
                 "(id) DO UPDATE SET state=excluded.state, detail=excluded.detail, "

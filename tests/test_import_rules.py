@@ -113,7 +113,13 @@ def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> No
         (("paho",), {"collector/mqtt.py", "collector/paho_client.py"}),
         (
             ("google", "grpc"),
-            {"forwarder/pubsub.py", "forwarder/bigquery.py", "forwarder/bqservice.py"},
+            {
+                "forwarder/pubsub.py",
+                "forwarder/bigquery.py",
+                "forwarder/bqservice.py",
+                "forwarder/writeapi.py",
+                "forwarder/rowproto.py",
+            },
         ),
         (("requests",), {"forwarder/bqservice.py"}),
         (("dotenv",), {"lifecycle/environment.py"}),
@@ -179,25 +185,37 @@ def test_local_imports_no_cloud_client() -> None:
         "from forwarder.registry import build\n"
         "from lifecycle import load_settings\n"
         "settings = load_settings({'APP_ENV': 'LOCAL'}, 'h')\n"
-        "for name in ('pubsub', 'bigquery'): build(name, settings).deliver([])\n"
+        "for name in ('pubsub', 'bigquery'): build(name, settings, None).deliver([])\n"
     )
     assert "forwarder.logsink" in loaded
     assert not {m for m in loaded if m.split(".")[0] in {"google", "grpc", "requests", "paho"}}
 
 
 @pytest.mark.parametrize(
-    ("sink", "stranger"), [("pubsub", "google.cloud.bigquery"), ("bigquery", "google.pubsub_v1")]
+    ("sink", "method", "module", "strangers"),
+    [
+        ("pubsub", "storage", "forwarder.pubsub", {"google.cloud.bigquery"}),
+        ("bigquery", "storage", "forwarder.storage", {"google.pubsub_v1"}),
+        ("bigquery", "storage_default", "forwarder.defaultstream", {"google.pubsub_v1"}),
+        ("bigquery", "insert_all", "forwarder.bigquery", {"google.pubsub_v1"}),
+    ],
 )
-def test_a_forwarder_does_not_import_the_other_ones_client(sink: str, stranger: str) -> None:
+def test_a_forwarder_does_not_import_the_other_ones_client(
+    sink: str, method: str, module: str, strangers: set[str], tmp_path: Path
+) -> None:
     loaded = imported_by(
+        "from pathlib import Path\n"
         "from forwarder.registry import build\n"
+        "from spool import SinkState\n"
         "from lifecycle import load_settings\n"
         "settings = load_settings({'APP_ENV': 'DEV', 'GCP_PROJECT_ID': 'p-1', 'PUBSUB_TOPIC': "
-        "'ttt', 'BIGQUERY_DATASET': 'd', 'BIGQUERY_TABLE': 't'}, 'h')\n"
-        f"build({sink!r}, settings).close()\n"
+        f"'ttt', 'BIGQUERY_DATASET': 'd', 'BIGQUERY_TABLE': 't', 'BIGQUERY_WRITE_METHOD': "
+        f"{method!r}}}, 'h')\n"
+        f"state = SinkState.open(Path({str(tmp_path)!r}), {sink!r})\n"
+        f"build({sink!r}, settings, state).close()\n"
     )
-    assert f"forwarder.{sink}" in loaded
-    assert stranger not in loaded
+    assert module in loaded
+    assert not strangers & loaded
 
 
 def test_the_collector_imports_no_cloud_client_and_no_migrations() -> None:

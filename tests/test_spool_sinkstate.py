@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlite_utils import Database, Migrations
 
 from spool import (
+    AppendJournal,
     CorruptFileError,
     DeadLetter,
     Gap,
+    Journal,
     NewerFormatError,
     Reading,
     Settlement,
@@ -19,9 +22,18 @@ from spool import (
     presentable,
     sink_path,
 )
+from spool.migrations import _run_script, migrate
+from spool.sinkstate import SINK_FORMAT
 from tests.test_spool_writer import edit, look, new_reading
 
 EPOCH = "an-epoch"
+
+first_format = Migrations("sink")
+
+
+@first_format(name="1")
+def _first(db: Database) -> None:
+    _run_script(db, "sink_1.sql", 1)
 
 
 def row(seq: int) -> Reading:
@@ -132,9 +144,22 @@ def test_a_status_keeps_since_when_it_holds(state: SinkState) -> None:
     assert look(state.path, "SELECT state FROM now") == [("delivering",)]
 
 
+def test_a_file_of_the_first_format_is_migrated_and_keeps_what_it_has(tmp_path: Path) -> None:
+    path = sink_path(tmp_path, "bigquery")
+    conn = sqlite3.connect(path, isolation_level=None)
+    migrate(conn, first_format, lambda _: None)
+    conn.close()
+    edit(path, "INSERT INTO cursor VALUES (1, 'an-epoch', 7, 0)")
+    state = SinkState.open(tmp_path, "bigquery")
+    assert state.position(EPOCH) == 7
+    assert AppendJournal(state).load() == Journal()
+    state.close()
+    assert look(path, "PRAGMA user_version") == [(SINK_FORMAT,)]
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     SinkState.open(tmp_path, "pubsub").close()
-    edit(sink_path(tmp_path, "pubsub"), "PRAGMA user_version=2")
+    edit(sink_path(tmp_path, "pubsub"), f"PRAGMA user_version={SINK_FORMAT + 1}")
     with pytest.raises(NewerFormatError):
         SinkState.open(tmp_path, "pubsub")
 

@@ -1,0 +1,223 @@
+"""The connection over which a sink appends: the table's columns, one call, several requests.
+
+Both sinks of the write API use it, the one with offsets and the one on the default stream.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from forwarder.appends import Append, Refusal
+from forwarder.bqservice import FaultError, TableService
+from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
+from forwarder.rowproto import RequestEncoder
+from forwarder.sink import Fault, FaultKind
+from forwarder.writeapi import Appender, CallError, WriteApi
+from lifecycle import Settings
+
+if TYPE_CHECKING:
+    from forwarder.table import Column
+
+IN_FLIGHT_MAX = 4
+DEADLINE_S = 20.0
+
+
+class AppendCalls:
+    """Sends appends to a stream of one table and brings their answers.
+
+    Args:
+        settings: Project, dataset, table, emulators, instance id, whether to create the table.
+
+    Attributes:
+        table: ``projects/P/datasets/D/tables/T``.
+        unanswered: What was sent and has had no answer yet; after a CallError what never will.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._source = settings.instance_id
+        self._service = TableService(settings, DEADLINE_S)
+        project, dataset, table = self._service.table.split(".", 2)
+        self.table = f"projects/{project}/datasets/{dataset}/tables/{table}"
+        self._api = WriteApi(settings, self.table, DEADLINE_S)
+        self._columns: Sequence[Column] = ()
+        self._encoder: RequestEncoder | None = None
+        self._outdated = False
+        self._appender: Appender | None = None
+        self.unanswered: deque[Append] = deque()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.disconnect()
+        self._service.close()
+
+    def disconnect(self) -> None:
+        """Close the connection to the stream, and its channel: a new one must not inherit it."""
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None
+        self._api.close()
+
+    def prepare(self) -> None:
+        """Know the table's columns; look again where the service has said that they changed.
+
+        Raises:
+            FaultError: The table cannot be read, or does not fit.
+        """
+        if self._outdated or not self._columns:
+            self.columns_changed()
+
+    def columns_changed(self) -> bool:
+        """Read the table's columns anew; return whether they are others than before.
+
+        Raises:
+            FaultError: The table cannot be read, or does not fit.
+        """
+        before, self._columns = self._columns, ()
+        columns = self._service.read_columns()
+        self._outdated = False
+        self._columns = columns
+        if columns == before:
+            return False
+        # The type of the rows is told once per connection.
+        self.disconnect()
+        self._encoder = RequestEncoder(columns, self._source)
+        return True
+
+    def adapt(self, refusal: Refusal) -> None:
+        """After a schema error: look at the table again, and write what it has now.
+
+        Raises:
+            FaultError: It cannot be read, does not fit, or is still the same.
+        """
+        self.disconnect()
+        if self.columns_changed():
+            return
+        fault = self.fault("append", CallError(refusal.code, refusal.details))
+        # A new column is in the table at once, and known to the write API minutes later.
+        lagging = "SCHEMA_MISMATCH_EXTRA_FIELDS" in refusal.details
+        kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
+        raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
+
+    def create_stream(self) -> str:
+        """Make a stream; return its name.
+
+        Raises:
+            FaultError: It cannot be made now.
+        """
+        try:
+            return self._api.create_stream()
+        except CallError as error:
+            self._after(error)
+            if error.code == "NOT_FOUND":
+                self._columns = ()
+            raise FaultError(self.fault("create a write stream", error)) from error
+
+    def finalize_stream(self, name: str) -> int | None:
+        """Close a stream; return how many rows it has, or None if the service does not know it.
+
+        Raises:
+            FaultError: The service cannot be asked now.
+        """
+        self.disconnect()
+        try:
+            return self._api.finalize_stream(name)
+        except CallError as error:
+            self._after(error)
+            if error.code == "NOT_FOUND":
+                return None
+            raise FaultError(self.fault("finalize the write stream", error)) from error
+
+    def send(
+        self, stream: str, appends: Sequence[Append], *, with_offsets: bool = True
+    ) -> Iterator[tuple[Append, Any]]:
+        """Send appends, several on their way at once; yield each with its answer, in order.
+
+        Whoever stops early calls :meth:`drain` before anything else is sent.
+
+        Args:
+            stream: Its name.
+            appends: In the order in which to send them.
+            with_offsets: False on the default stream.
+
+        Raises:
+            CallError: The connection ended, or an answer did not come. It is closed.
+            FaultError: There are no credentials.
+        """
+        self.unanswered.clear()
+        waiting = iter(appends)
+        append = next(waiting, None)
+        while append is not None or self.unanswered:
+            while append is not None and len(self.unanswered) < IN_FLIGHT_MAX:
+                self._send(stream, append, with_offsets=with_offsets)
+                append = next(waiting, None)
+            answer = self._receive()
+            yield self.unanswered.popleft(), answer
+
+    def drain(self) -> None:
+        """Take the answers to what is still on its way, whatever they say.
+
+        Raises:
+            CallError: The connection ended, or an answer did not come. It is closed.
+        """
+        while self.unanswered:
+            self._receive()
+            self.unanswered.popleft()
+
+    def _send(self, stream: str, append: Append, *, with_offsets: bool) -> None:
+        if self._encoder is None:
+            raise RuntimeError("send before prepare")
+        appender = self._appender
+        # The service closes a connection that was idle for some minutes.
+        if appender is None or appender.stream != stream or appender.ended:
+            if appender is not None:
+                appender.close()
+            appender = self._appender = self._api.open(stream)
+        self.unanswered.append(append)
+        appender.send(
+            self._encoder.request(
+                self._encoder.rows(append.rows),
+                append.cut.offset if with_offsets else None,
+                stream=stream if appender.fresh else "",
+            )
+        )
+
+    def _receive(self) -> Any:  # noqa: ANN401 - an AppendRowsResponse, which has no type
+        if self._appender is None:
+            raise RuntimeError("receive before send")
+        try:
+            answer = self._appender.receive()
+        except CallError:
+            self.disconnect()
+            raise
+        if answer.HasField("updated_schema"):
+            self._outdated = True
+        return answer
+
+    def _after(self, error: CallError) -> None:
+        if error.code in {"DEADLINE_EXCEEDED", "UNAVAILABLE"}:
+            self.disconnect()  # the path may be dead: the next try begins with a new connection
+
+    def fault(self, what: str, error: CallError) -> Fault:
+        """Return the fault to report when the service refuses ``what``, or cannot be reached."""
+        credentials = credential_fault(error.details) if error.code == "UNAVAILABLE" else None
+        if credentials is not None:
+            return credentials
+        problem = f"{what} of {self._service.table}: {error.code}: {error.details}"
+        blame = blame_grpc(error.code)
+        if blame is Blame.NOBODY or (error.code == "NOT_FOUND" and self._service.settling):
+            return Fault(FaultKind.TRANSIENT, problem)
+        remedy = {
+            "NOT_FOUND": self._service.remedy(404),
+            "PERMISSION_DENIED": self._service.remedy(403),
+            "UNAUTHENTICATED": CREDENTIALS_REMEDY,
+        }
+        return Fault(
+            FaultKind.HOLD,
+            problem,
+            remedy.get(
+                error.code,
+                "look at the table with: bq show --schema "
+                f"{self._service.table.replace('.', ':', 1)}; until it is mended, "
+                "BIGQUERY_WRITE_METHOD=insert_all may work",
+            ),
+        )

@@ -1,0 +1,223 @@
+"""Which readings go into which append, and what an answer to one means. Talks to nobody.
+
+Limits (https://cloud.google.com/bigquery/quotas#write-api-limits): 10 MB a request. The
+documentation advises fewer and larger requests of about a megabyte and more.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from forwarder.faults import Blame, blame_grpc
+from forwarder.writeapi import code_name, storage_error
+from spool import Cut, DeadLetter, Reading
+
+REQUEST_MAX_ROWS = 2_000
+REQUEST_MAX_BYTES = 4_000_000
+"""So that one row of the largest size may come on top."""
+
+ROW_MAX_BYTES = 7_900_000
+"""A row above this has no room in a request; such readings take MAX_PAYLOAD_BYTES near 8 MiB."""
+
+_ROW_OVERHEAD_BYTES = 200
+_UTF8_MAX_BYTES = 4
+_EXPECTED_OFFSET = re.compile(r"expected offset:? (\d+)", re.IGNORECASE)
+
+
+class UnrepeatableError(Exception):
+    """The rows at hand are not those of which the journal's cuts were made."""
+
+
+@dataclass(slots=True)
+class Append:
+    """One request: its place in the stream and its rows."""
+
+    cut: Cut
+    rows: list[Reading]
+
+
+def size_bound(row: Reading) -> int:
+    """Return a number of bytes that the row in a request does not exceed."""
+    texts = len(row[4]) + len(row[5]) + len(row[6]) + len(row[8])
+    return len(row[9]) + _UTF8_MAX_BYTES * texts + _ROW_OVERHEAD_BYTES
+
+
+def too_large(row: Reading) -> bool:
+    """Return whether the row fits into no request."""
+    if size_bound(row) <= ROW_MAX_BYTES:
+        return False
+    texts = sum(len(text.encode()) for text in (row[4], row[5], row[6], row[8]))
+    return len(row[9]) + texts + _ROW_OVERHEAD_BYTES > ROW_MAX_BYTES
+
+
+def cut_rows(rows: Iterable[Reading], offset: int) -> list[Append]:
+    """Cut rows into appends that follow one another from ``offset`` on."""
+    appends: list[Append] = []
+    part: list[Reading] = []
+    size = 0
+    for row in rows:
+        bound = size_bound(row)
+        if part and (len(part) == REQUEST_MAX_ROWS or size + bound > REQUEST_MAX_BYTES):
+            appends.append(_append(part, offset))
+            offset += len(part)
+            part, size = [], 0
+        part.append(row)
+        size += bound
+    if part:
+        appends.append(_append(part, offset))
+    return appends
+
+
+def _append(rows: list[Reading], offset: int) -> Append:
+    return Append(Cut(offset, rows[0][0], rows[-1][0], len(rows)), rows)
+
+
+def repeat_cuts(rows: Sequence[Reading], cuts: Iterable[Cut]) -> tuple[list[Append], list[Reading]]:
+    """Return the appends of journalled cuts, made of the same rows again, and the rows behind.
+
+    Raises:
+        UnrepeatableError: Some of them are missing, or there are more.
+    """
+    appends = []
+    at = 0
+    for cut in cuts:
+        begin = at
+        while at < len(rows) and rows[at][0] <= cut.last_seq:
+            at += 1
+        part = list(rows[begin:at])
+        if len(part) != cut.rows or part[0][0] < cut.first_seq:
+            raise UnrepeatableError(
+                f"seq {cut.first_seq} to {cut.last_seq} had {cut.rows} rows, now {len(part)}"
+            )
+        appends.append(Append(cut, part))
+    return appends, list(rows[at:])
+
+
+def moved(appends: Iterable[Append], offset: int) -> "deque[Append]":
+    """Return the appends placed one after the other from ``offset`` on, without empty ones."""
+    placed: deque[Append] = deque()
+    for append in appends:
+        if append.rows:
+            cut = append.cut
+            placed.append(
+                Append(
+                    Cut(offset, cut.first_seq, cut.last_seq, len(append.rows)),
+                    append.rows,
+                )
+            )
+            offset += len(append.rows)
+    return placed
+
+
+def without_too_large(rows: Sequence[Reading]) -> tuple[list[Reading], list[DeadLetter]]:
+    """Return the rows that fit into a request, and dead letters of the others."""
+    dead = [
+        DeadLetter(row, "limit", "the row is larger than BigQuery's requests may be")
+        for row in rows
+        if too_large(row)
+    ]
+    if not dead:
+        return list(rows), dead
+    gone = {letter.row[0] for letter in dead}
+    return [row for row in rows if row[0] not in gone], dead
+
+
+class Meaning(Enum):
+    """What a refusal asks for."""
+
+    ROWS = "rows"
+    """Some rows are at fault: leave them out, send the rest again to the same offset."""
+    OFFSET = "offset"
+    """The service's end of the stream is not where we think it is."""
+    STREAM = "stream"
+    """The stream takes no appends any more."""
+    SCHEMA = "schema"
+    """The rows' type does not fit the table."""
+    FAULT = "fault"
+    """The network, the service, or a person: try the same again later."""
+
+
+@dataclass(slots=True)
+class Refusal:
+    """An append that the service did not take."""
+
+    meaning: Meaning
+    code: str
+    """The gRPC status by name."""
+    details: str
+    """The service's words."""
+    rows: list[tuple[int, str]] = field(default_factory=list)
+    """Of ROWS: index within the append, and what is wrong with it."""
+    expected: int = -1
+    """Of OFFSET: the offset that the service names; -1 if it names none."""
+
+
+def leave_out(append: Append, refusal: Refusal) -> list[DeadLetter]:
+    """Take the refused rows out of ``append``; return them as dead letters."""
+    refused = {i: text for i, text in refusal.rows if 0 <= i < len(append.rows)}
+    letters = [DeadLetter(append.rows[i], "invalid", text) for i, text in refused.items()]
+    append.rows = [row for i, row in enumerate(append.rows) if i not in refused]
+    return letters
+
+
+_STREAM_ERRORS = frozenset(
+    {
+        "TABLE_NOT_FOUND",
+        "STREAM_NOT_FOUND",
+        "STREAM_FINALIZED",
+        "STREAM_ALREADY_COMMITTED",
+        "INVALID_STREAM_STATE",
+        "INVALID_STREAM_TYPE",
+    }
+)
+
+
+def refusal_of(answer: Any, cut: Cut | None, *, repeated: bool) -> Refusal | None:  # noqa: ANN401 - an AppendRowsResponse, which has no type
+    """Return why the service did not take an append; None if its rows are in the table.
+
+    Args:
+        answer: The AppendRowsResponse.
+        cut: What was sent; None on the default stream, which has no offsets.
+        repeated: Whether the same may have been sent before: only then does ALREADY_EXISTS
+            mean that the rows that are there are these.
+    """
+    if not answer.HasField("error"):
+        result = answer.append_result
+        if cut is None or not result.HasField("offset") or result.offset.value == cut.offset:
+            return None
+        return Refusal(
+            Meaning.OFFSET,
+            "OK",
+            f"the rows of offset {cut.offset} were put to {result.offset.value}",
+        )
+    status = answer.error
+    code = code_name(status.code)
+    kind = storage_error(status)
+    details = f"{kind}: {status.message}" if kind else str(status.message)
+    if answer.row_errors:
+        rows = [(int(e.index), str(e.message)) for e in answer.row_errors]
+        return Refusal(Meaning.ROWS, code, details, rows)
+    if kind.startswith("OFFSET_") or (not kind and code in {"ALREADY_EXISTS", "OUT_OF_RANGE"}):
+        expected = _expected(details)
+        exists = code == "ALREADY_EXISTS" or kind == "OFFSET_ALREADY_EXISTS"
+        if exists and repeated and cut is not None and (expected < 0 or expected >= cut.end):
+            return None
+        return Refusal(Meaning.OFFSET, code, details, expected=expected)
+    return refusal_of_status(code, details, kind)
+
+
+def refusal_of_status(code: str, details: str, kind: str = "") -> Refusal:
+    """Return what the status of a request, or of a whole call, asks for."""
+    if kind in _STREAM_ERRORS or (not kind and code == "NOT_FOUND"):
+        return Refusal(Meaning.STREAM, code, details)
+    if kind == "SCHEMA_MISMATCH_EXTRA_FIELDS" or blame_grpc(code) is Blame.ROWS:
+        return Refusal(Meaning.SCHEMA, code, details)
+    return Refusal(Meaning.FAULT, code, details)
+
+
+def _expected(details: str) -> int:
+    found = _EXPECTED_OFFSET.search(details)
+    return int(found[1]) if found else -1

@@ -1,0 +1,114 @@
+"""The BigQuery sink with ``BIGQUERY_WRITE_METHOD=storage_default``: at least once.
+
+The table's default stream has no offsets: an append whose answer was lost is sent again, and its
+rows may be there twice. It needs no journal and no stream of its own; otherwise it is
+:mod:`forwarder.storage`.
+
+https://cloud.google.com/bigquery/docs/write-api#default_stream
+"""
+
+import time
+from collections.abc import Sequence
+
+from forwarder.appendcalls import AppendCalls
+from forwarder.appends import (
+    Append,
+    Meaning,
+    Refusal,
+    cut_rows,
+    leave_out,
+    refusal_of,
+    refusal_of_status,
+    without_too_large,
+)
+from forwarder.bqservice import FaultError
+from forwarder.sink import Delivery, Fault, FaultKind
+from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
+from forwarder.writeapi import CallError
+from lifecycle import Settings
+from spool import Reading
+
+
+class DefaultStreamSink:
+    """Appends readings to a table's default stream.
+
+    Args:
+        settings: Project, dataset, table, emulators, instance id, whether to create the table.
+    """
+
+    name = "bigquery"
+    max_rows = BATCH_MAX_ROWS
+    max_bytes = BATCH_MAX_BYTES
+
+    def __init__(self, settings: Settings) -> None:
+        self._calls = AppendCalls(settings)
+        self._stream = f"{self._calls.table}/streams/_default"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._calls.close()
+
+    def deliver(self, rows: Sequence[Reading]) -> Delivery:
+        """Append ``rows``; see :class:`forwarder.sink.Sink`."""
+        delivery = Delivery()
+        delivery.retry, delivery.dead = without_too_large(rows)
+        give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+        try:
+            while delivery.retry:
+                if time.monotonic() >= give_back_at:
+                    raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
+                self._calls.prepare()
+                self._append(delivery)
+        except FaultError as error:
+            delivery.fault = error.fault
+        return delivery
+
+    def _append(self, delivery: Delivery) -> None:
+        """Append what is in ``delivery.retry``; what is not confirmed stays there.
+
+        Raises:
+            FaultError: It cannot be appended now.
+        """
+        todo = {append.cut.offset: append for append in cut_rows(delivery.retry, 0)}
+        try:
+            for append, refusal in self._send(todo):
+                self._after(append, refusal, delivery)
+        finally:
+            delivery.retry = [row for append in todo.values() for row in append.rows]
+
+    def _send(self, todo: dict[int, Append]) -> list[tuple[Append, Refusal]]:
+        """Send what is in ``todo``; take out what is confirmed; return what was refused."""
+        refused = []
+        try:
+            # Each append stands for itself: one that is refused does not concern the others.
+            for append, answer in self._calls.send(
+                self._stream, list(todo.values()), with_offsets=False
+            ):
+                refusal = refusal_of(answer, None, repeated=False)
+                if refusal is None:
+                    del todo[append.cut.offset]
+                else:
+                    refused.append((append, refusal))
+        except CallError as error:
+            refused.append(
+                (self._calls.unanswered[0], refusal_of_status(error.code, error.details))
+            )
+        return refused
+
+    def _after(self, append: Append, refusal: Refusal, delivery: Delivery) -> None:
+        """Do what a refusal asks for, before another try; raise if that is not to be now."""
+        if refusal.meaning is Meaning.ROWS:
+            if self._calls.columns_changed():
+                return  # not the rows: the table is another one now
+            letters = leave_out(append, refusal)
+            if not letters:
+                problem = f"append: an error without a row: {refusal.details}"
+                raise FaultError(Fault(FaultKind.TRANSIENT, problem))
+            delivery.dead += letters
+        elif refusal.meaning is Meaning.SCHEMA:
+            self._calls.adapt(refusal)
+        else:
+            if refusal.meaning is Meaning.STREAM:
+                self._calls.columns_changed()  # says what is wrong with the table, if it is
+            error = CallError(refusal.code, refusal.details)
+            raise FaultError(self._calls.fault("append", error))

@@ -1,0 +1,264 @@
+"""The BigQuery Storage Write API below Google's client: its channel, its messages, raw calls.
+
+The library's ``AppendRowsStream`` polls for answers with sleeps, hangs in ``send`` while the
+network is away and fails everything in flight when a connection breaks. The bidirectional call
+itself does none of this; what it needs beside it is a thread that reads, deadlines of our own
+and a connection that is closed before the next one is opened.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import google.auth
+import google.auth.exceptions
+import grpc
+from google.cloud.bigquery_storage_v1 import types
+from google.cloud.bigquery_storage_v1.services.big_query_write import BigQueryWriteClient
+from google.cloud.bigquery_storage_v1.services.big_query_write.transports import (
+    BigQueryWriteGrpcTransport,
+)
+
+from forwarder.bqservice import FaultError
+from forwarder.faults import CREDENTIALS_REMEDY
+from forwarder.sink import Fault, FaultKind
+from lifecycle import Settings
+
+CHANNEL_OPTIONS = (
+    # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A new channel must not inherit the dead connection of the one that it replaces.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+)
+SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryWrite"
+
+AppendRowsResponse = types.AppendRowsResponse.pb()
+StorageError = types.StorageError.pb()
+_CreateWriteStreamRequest = types.CreateWriteStreamRequest.pb()
+_FinalizeWriteStreamRequest = types.FinalizeWriteStreamRequest.pb()
+_FinalizeWriteStreamResponse = types.FinalizeWriteStreamResponse.pb()
+_WriteStream = types.WriteStream.pb()
+
+READER_JOIN_S = 5.0
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+class CallError(Exception):
+    """A call ended, or an answer did not come; what was sent may or may not have been done.
+
+    Attributes:
+        code: The gRPC status by name.
+        details: The service's words.
+    """
+
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(f"{code}: {details}")
+        self.code = code
+        self.details = details
+
+
+class WriteApi:
+    """The service, with one channel to it that is opened when needed.
+
+    Args:
+        settings: Emulator, if any.
+        table: ``projects/P/datasets/D/tables/T``.
+        deadline_s: Of each call, and of each answer.
+    """
+
+    def __init__(self, settings: Settings, table: str, deadline_s: float) -> None:
+        self._emulator = settings.bigquery_storage_emulator_host
+        self._table = table
+        self._deadline_s = deadline_s
+        self._channel: grpc.Channel | None = None
+
+    def close(self) -> None:
+        """Close the channel; the next call opens another one."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _connected(self) -> grpc.Channel:
+        """Return the channel.
+
+        Raises:
+            FaultError: There are no credentials, or they cannot be had now.
+        """
+        if self._channel is not None:
+            return self._channel
+        transport = BigQueryWriteGrpcTransport
+        channel: grpc.Channel
+        try:
+            if self._emulator:
+                channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
+            else:
+                credentials, _ = google.auth.default(scopes=transport.AUTH_SCOPES)
+                channel = transport.create_channel(
+                    f"{BigQueryWriteClient.DEFAULT_ENDPOINT}:443",
+                    credentials=credentials,
+                    scopes=transport.AUTH_SCOPES,
+                    options=CHANNEL_OPTIONS,
+                )
+        except google.auth.exceptions.DefaultCredentialsError as error:
+            raise FaultError(
+                Fault(FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+            ) from error
+        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
+            # Some kinds of credentials already call the network when they are made.
+            raise FaultError(
+                Fault(FaultKind.TRANSIENT, f"cannot build the client: {error}")
+            ) from error
+        self._channel = channel
+        return channel
+
+    def create_stream(self) -> str:
+        """Make a stream whose rows are in the table once they are confirmed; return its name.
+
+        Raises:
+            CallError: The service refuses, or cannot be reached.
+            FaultError: There are no credentials.
+        """
+        request = _CreateWriteStreamRequest(
+            parent=self._table, write_stream=_WriteStream(type=_WriteStream.COMMITTED)
+        )
+        answer = self._call("CreateWriteStream", request, _WriteStream, f"parent={self._table}")
+        return str(answer.name)
+
+    def finalize_stream(self, name: str) -> int:
+        """Close the stream for appends; return how many rows it has. May be repeated.
+
+        Raises:
+            CallError: The service refuses, does not know the stream, or cannot be reached.
+            FaultError: There are no credentials.
+        """
+        request = _FinalizeWriteStreamRequest(name=name)
+        answer = self._call(
+            "FinalizeWriteStream", request, _FinalizeWriteStreamResponse, f"name={name}"
+        )
+        return int(answer.row_count)
+
+    def _call(self, method: str, request: Any, answer: Any, routing: str) -> Any:  # noqa: ANN401 - protobuf's classes
+        call = self._connected().unary_unary(
+            f"{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answer.FromString,
+        )
+        try:
+            return call(
+                request, timeout=self._deadline_s, metadata=(("x-goog-request-params", routing),)
+            )
+        except grpc.RpcError as error:
+            raise _call_error(error) from error
+
+    def open(self, stream: str) -> "Appender":
+        """Open a connection that appends to ``stream``.
+
+        Raises:
+            FaultError: There are no credentials.
+        """
+        call = self._connected().stream_stream(
+            f"{SERVICE}/AppendRows",
+            request_serializer=None,  # they are bytes already: forwarder/rowproto.py
+            response_deserializer=AppendRowsResponse.FromString,
+        )
+        return Appender(call, stream, self._deadline_s)
+
+
+class Appender:
+    """One AppendRows call: requests go out, answers come back in the same order.
+
+    Args:
+        call: Starts it.
+        stream: The stream's name.
+        deadline_s: For each answer.
+    """
+
+    def __init__(self, call: Callable[..., Any], stream: str, deadline_s: float) -> None:
+        self.stream = stream
+        self.fresh = True
+        """Whether nothing was sent yet: the first request carries name and schema."""
+        self._deadline_s = deadline_s
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._end: CallError | None = None
+        self._call = call(
+            iter(self._requests.get, None),
+            metadata=(("x-goog-request-params", f"write_stream={stream}"),),
+        )
+        self._reader = threading.Thread(target=self._read, name="answers", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            for answer in self._call:
+                self._answers.put(answer)
+            end = CallError("UNAVAILABLE", "the service ended the connection")
+        except grpc.RpcError as error:
+            end = _call_error(error)
+        except Exception as error:  # noqa: BLE001 - a silent reader would be taken for a slow service
+            end = CallError("UNKNOWN", f"{type(error).__name__}: {error}")
+        self._end = end
+        self._answers.put(end)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the service, or the network, has ended the call."""
+        return self._end is not None
+
+    def send(self, request: bytes) -> None:
+        """Send one request; whether it arrives only its answer tells."""
+        self.fresh = False
+        self._requests.put(request)
+
+    def receive(self) -> Any:  # noqa: ANN401 - an AppendRowsResponse, which has no type
+        """Return the answer to the oldest request that has none yet.
+
+        Raises:
+            CallError: None comes any more, or none came in time.
+        """
+        try:
+            answer = self._answers.get(timeout=self._deadline_s)
+        except queue.Empty:
+            raise CallError(
+                "DEADLINE_EXCEEDED", f"no answer within {self._deadline_s:g} s"
+            ) from None
+        if isinstance(answer, CallError):
+            self._answers.put(answer)  # for whoever asks again
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the call."""
+        self._requests.put(None)
+        self._call.cancel()
+        # Its thread belongs to the channel, which is closed next.
+        with contextlib.suppress(RuntimeError):
+            self._reader.join(READER_JOIN_S)
+
+
+def _call_error(error: grpc.RpcError) -> CallError:
+    return CallError(error.code().name, error.details() or "")
+
+
+def code_name(code: int) -> str:
+    """Return the name of a gRPC status."""
+    return str(_CODE_NAMES.get(code, "UNKNOWN"))
+
+
+def storage_error(status: Any) -> str:  # noqa: ANN401 - a google.rpc.Status, which has no type
+    """Return the name of the StorageError's code in an answer's error; empty if it has none.
+
+    https://cloud.google.com/bigquery/docs/reference/storage/rpc/google.cloud.bigquery.storage.v1#storageerror
+    """
+    for detail in status.details:
+        found = StorageError()
+        if detail.Is(StorageError.DESCRIPTOR) and detail.Unpack(found):
+            return str(StorageError.StorageErrorCode.Name(found.code))
+    return ""
