@@ -21,7 +21,7 @@ from spool import Reading
 
 MESSAGE_NAME = "Reading"
 TAGS_CACHED = 10_000
-"""So many (site, sensor, topic) are remembered; a flood of invented ones starts anew."""
+"""So many (site, sensor, tag, topic) are remembered; a flood of invented ones starts anew."""
 
 _TYPES = {
     "STRING": FieldDescriptorProto.TYPE_STRING,
@@ -62,6 +62,9 @@ _VALUE_TAG = bytes((_NUMBERS["value"] << 3 | 1,))
 _PAYLOAD_TAG = _bytes_field("payload")
 _RECEIVED_TAG = _varint_field("received_at")
 _SEQ_TAG = _varint_field("seq")
+_NO_TIME = 1 << 63
+"""Beyond every int64: equal to none that is looked for."""
+
 _NEGATIVE = 1 << 64
 """A negative int64 is encoded as its two's complement of 64 bits."""
 
@@ -105,9 +108,9 @@ class RequestEncoder:
             _WRITER_SCHEMA, field(_PROTO_DESCRIPTOR, row_descriptor(columns).SerializeToString())
         )
         self._trace_id = field(_TRACE_ID, f"sluice:{source}".encode()[:128])
-        self._tails: dict[tuple[str, str, str], bytes] = {}
-        self._high = (-1, b"")
-        self._received = (-1, b"")
+        self._tails: dict[tuple[str, str, str, str], bytes] = {}
+        self._high = (_NO_TIME, b"")
+        self._received = (_NO_TIME, b"")
 
     def rows(self, rows: Iterable[Reading]) -> list[bytes]:
         """Return the readings as entries of ``ProtoRows.serialized_rows``."""
@@ -115,7 +118,7 @@ class RequestEncoder:
 
     def _row(self, row: Reading) -> bytes:
         seq, identity, received_us, timestamp_us, site, sensor, tag, value, topic, payload, _ = row
-        tail = self._tails.get((site, sensor, topic))
+        tail = self._tails.get((site, sensor, tag, topic))
         if tail is None:
             tail = self._tail(site, sensor, tag, topic)
         if received_us != self._received[0]:
@@ -167,7 +170,7 @@ class RequestEncoder:
             for name, text in values.items()
             if name in self._constants
         )
-        self._tails[site, sensor, topic] = tail
+        self._tails[site, sensor, tag, topic] = tail
         return tail
 
     def request(self, rows: Iterable[bytes], offset: int | None, *, stream: str = "") -> bytes:
