@@ -12,14 +12,13 @@ from forwarder.bqservice import FaultError, TableService
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
-from forwarder.writeapi import Appender, CallError, WriteApi
+from forwarder.writeapi import DEADLINE_S, Appender, CallError, WriteApi
 from lifecycle import Settings
 
 if TYPE_CHECKING:
     from forwarder.table import Column
 
 IN_FLIGHT_MAX = 4
-DEADLINE_S = 20.0
 
 
 class AppendCalls:
@@ -38,7 +37,7 @@ class AppendCalls:
         self._service = TableService(settings, DEADLINE_S)
         project, dataset, table = self._service.table.split(".", 2)
         self.table = f"projects/{project}/datasets/{dataset}/tables/{table}"
-        self._api = WriteApi(settings, self.table, DEADLINE_S)
+        self._api = WriteApi(settings, self.table)
         self._columns: Sequence[Column] = ()
         self._encoder: RequestEncoder | None = None
         self._outdated = False

@@ -59,6 +59,8 @@ class DefaultStreamSink:
                     raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
                 self._calls.prepare()
                 self._append(delivery)
+                if delivery.retry and time.monotonic() >= give_back_at:
+                    raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
         except FaultError as error:
             delivery.fault = error.fault
         return delivery

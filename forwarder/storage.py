@@ -123,8 +123,6 @@ class StorageSink:
         at_first = len(delivery.retry)
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         while delivery.retry:
-            if time.monotonic() >= give_back_at:
-                raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
             self._calls.prepare()
             if not self._finalized and not journal.stream.startswith(f"{self._calls.table}/"):
                 self._finalize(journal, delivery, "it is another table's")
@@ -140,6 +138,8 @@ class StorageSink:
                 self._finalize(journal, delivery, str(error))
             else:
                 self._append(journal, deque(appends), delivery)
+            if delivery.retry and time.monotonic() >= give_back_at:
+                raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
 
     @staticmethod
     def _bury(delivery: Delivery, journal: Journal) -> None:

@@ -46,6 +46,9 @@ _FinalizeWriteStreamRequest = types.FinalizeWriteStreamRequest.pb()
 _FinalizeWriteStreamResponse = types.FinalizeWriteStreamResponse.pb()
 _WriteStream = types.WriteStream.pb()
 
+DEADLINE_S = 20.0
+"""Of each call with one answer, and of each answer to an append."""
+
 READER_JOIN_S = 5.0
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -70,13 +73,11 @@ class WriteApi:
     Args:
         settings: Emulator, if any.
         table: ``projects/P/datasets/D/tables/T``.
-        deadline_s: Of each call, and of each answer.
     """
 
-    def __init__(self, settings: Settings, table: str, deadline_s: float) -> None:
+    def __init__(self, settings: Settings, table: str) -> None:
         self._emulator = settings.bigquery_storage_emulator_host
         self._table = table
-        self._deadline_s = deadline_s
         self._channel: grpc.Channel | None = None
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class WriteApi:
             FaultError: There are no credentials.
         """
         request = _CreateWriteStreamRequest(
-            parent=self._table, write_stream=_WriteStream(type=_WriteStream.COMMITTED)
+            parent=self._table, write_stream=_WriteStream(type_=_WriteStream.COMMITTED)
         )
         answer = self._call("CreateWriteStream", request, _WriteStream, f"parent={self._table}")
         return str(answer.name)
@@ -151,9 +152,7 @@ class WriteApi:
             response_deserializer=answer.FromString,
         )
         try:
-            return call(
-                request, timeout=self._deadline_s, metadata=(("x-goog-request-params", routing),)
-            )
+            return call(request, timeout=DEADLINE_S, metadata=(("x-goog-request-params", routing),))
         except grpc.RpcError as error:
             raise _call_error(error) from error
 
@@ -168,7 +167,7 @@ class WriteApi:
             request_serializer=None,  # they are bytes already: forwarder/rowproto.py
             response_deserializer=AppendRowsResponse.FromString,
         )
-        return Appender(call, stream, self._deadline_s)
+        return Appender(call, stream)
 
 
 class Appender:
@@ -177,14 +176,12 @@ class Appender:
     Args:
         call: Starts it.
         stream: The stream's name.
-        deadline_s: For each answer.
     """
 
-    def __init__(self, call: Callable[..., Any], stream: str, deadline_s: float) -> None:
+    def __init__(self, call: Callable[..., Any], stream: str) -> None:
         self.stream = stream
         self.fresh = True
         """Whether nothing was sent yet: the first request carries name and schema."""
-        self._deadline_s = deadline_s
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._end: CallError | None = None
@@ -224,11 +221,9 @@ class Appender:
             CallError: None comes any more, or none came in time.
         """
         try:
-            answer = self._answers.get(timeout=self._deadline_s)
+            answer = self._answers.get(timeout=DEADLINE_S)
         except queue.Empty:
-            raise CallError(
-                "DEADLINE_EXCEEDED", f"no answer within {self._deadline_s:g} s"
-            ) from None
+            raise CallError("DEADLINE_EXCEEDED", f"no answer within {DEADLINE_S:g} s") from None
         if isinstance(answer, CallError):
             self._answers.put(answer)  # for whoever asks again
             raise answer

@@ -1,8 +1,10 @@
 """One contract for every sink: each row is delivered, to be tried again, or dead; never lost."""
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,16 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import forwarder.bigquery
+import forwarder.defaultstream
 import forwarder.pubsub
+import forwarder.storage
+import forwarder.writeapi
 from forwarder.bigquery import InsertAllSink
+from forwarder.defaultstream import DefaultStreamSink
 from forwarder.logsink import LogSink
 from forwarder.pubsub import PubSubSink
 from forwarder.sink import Delivery, FaultKind, Sink
-from lifecycle import load_settings
-from spool import Reading
-from tests.fakes import FakeBigQuery, FakePubSub
+from forwarder.storage import StorageSink
+from lifecycle import Settings, load_settings
+from spool import Reading, Settlement, SinkState
+from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
 from tests.test_spool_writer import new_reading
 
+EPOCH = "an-epoch"
 TABLE = "p-1.d.readings"
 TOPIC = "projects/p-1/topics/readings"
 SITES = ("S1", "S2", "S3")
@@ -44,6 +52,8 @@ class PubSub:
     """PubSubSink before FakePubSub."""
 
     ordered = True
+    independent = True
+    """Whether a request may succeed after another one failed."""
 
     def __init__(self) -> None:
         self.fake = FakePubSub(topics=[TOPIC]).start()
@@ -98,6 +108,7 @@ class BigQuery:
 
     ordered = False
     """insertAll promises no order, and its requests run side by side."""
+    independent = True
 
     def __init__(self) -> None:
         self.fake = FakeBigQuery().start()
@@ -147,8 +158,94 @@ class BigQuery:
         self.fake.stop()
 
 
-Service = PubSub | BigQuery
-SERVICES: dict[str, type[PubSub] | type[BigQuery]] = {"pubsub": PubSub, "bigquery": BigQuery}
+class Storage:
+    """StorageSink before FakeWriteApi."""
+
+    ordered = True
+    independent = False
+    method = "storage"
+
+    def __init__(self) -> None:
+        self.tables = FakeBigQuery().start()
+        self.tables.create_table(TABLE)
+        self.fake = FakeWriteApi(self.tables.store).start()
+        self.directory = tempfile.TemporaryDirectory()
+        self.state = SinkState.open(Path(self.directory.name), "bigquery")
+        settings = load_settings(
+            {
+                "APP_ENV": "DEV",
+                "GCP_PROJECT_ID": "p-1",
+                "BIGQUERY_DATASET": "d",
+                "BIGQUERY_TABLE": "readings",
+                "PUBSUB_ENABLED": "false",
+                "BIGQUERY_WRITE_METHOD": self.method,
+                "BIGQUERY_EMULATOR_HOST": self.tables.url,
+                "BIGQUERY_STORAGE_EMULATOR_HOST": self.fake.address,
+            },
+            "gate-1",
+        )
+        self.sink = self.make(settings)
+
+    def make(self, settings: Settings) -> Sink:
+        sink = StorageSink(settings, self.state)
+        assert sink.resume(EPOCH) == 0
+        return sink
+
+    def arrived(self) -> list[int]:
+        return [int(str(row["seq"])) for row in self.tables.rows(TABLE)]
+
+    def poison(self, seqs: set[int]) -> None:
+        self.fake.faults.poison = lambda row: row["seq"] in seqs
+
+    def fail(self, kind: FaultKind, times: int | None = None) -> None:
+        transient = kind is FaultKind.TRANSIENT
+        code = grpc.StatusCode.UNAVAILABLE if transient else grpc.StatusCode.PERMISSION_DENIED
+        self.fake.faults.abort(code, "as planned", times)
+
+    def lose_answer(self) -> None:
+        self.fake.faults.lose_answer()
+
+    def hang(self) -> None:
+        self.fake.faults.hang(times=None)
+
+    def go_away(self) -> None:
+        self.fake.stop()
+
+    def come_back(self) -> None:
+        self.fake.start()
+
+    def mend(self) -> None:
+        self.fake.faults.clear()
+
+    def settle(self, seq: int) -> None:
+        self.state.settle(Settlement(EPOCH, seq))
+
+    def close(self) -> None:
+        self.sink.close()
+        self.fake.stop()
+        self.tables.stop()
+        self.state.close()
+        self.directory.cleanup()
+
+
+class DefaultStream(Storage):
+    """DefaultStreamSink before FakeWriteApi."""
+
+    ordered = False
+    """An append that is tried again comes behind those that were on their way with it."""
+    method = "storage_default"
+
+    def make(self, settings: Settings) -> Sink:
+        return DefaultStreamSink(settings)
+
+
+Service = PubSub | BigQuery | Storage
+SERVICES: dict[str, type[PubSub] | type[BigQuery] | type[Storage]] = {
+    "pubsub": PubSub,
+    "insert_all": BigQuery,
+    "storage": Storage,
+    "storage_default": DefaultStream,
+}
 
 
 @pytest.fixture(params=SERVICES)
@@ -265,7 +362,7 @@ def test_one_failed_request_among_many_leaves_the_others_delivered(service: Serv
     service.fail(FaultKind.TRANSIENT, times=1)
     delivery = service.sink.deliver(rows)
     check(service, rows, delivery)
-    assert 0 < len(delivery.retry) < len(rows)
+    assert 0 < len(delivery.retry) < len(rows) + (not service.independent)
     service.mend()
     assert deliver_to_the_end(service, delivery.retry) == []
     assert sorted(service.arrived()) == [row[0] for row in rows]
@@ -305,6 +402,7 @@ def test_a_service_that_hangs_is_left_after_the_deadline(
 ) -> None:
     monkeypatch.setattr(forwarder.pubsub, "DEADLINE_S", 0.3)
     monkeypatch.setattr(forwarder.bigquery, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(forwarder.writeapi, "DEADLINE_S", 0.3)
     rows = readings(30)
     service.hang()
     delivery = service.sink.deliver(rows)
@@ -340,6 +438,8 @@ def test_a_search_that_takes_too_long_hands_the_rest_back(
 ) -> None:
     monkeypatch.setattr(forwarder.pubsub, "GIVE_BACK_AFTER_S", 0.0)
     monkeypatch.setattr(forwarder.bigquery, "GIVE_BACK_AFTER_S", 0.0)
+    monkeypatch.setattr(forwarder.storage, "GIVE_BACK_AFTER_S", 0.0)
+    monkeypatch.setattr(forwarder.defaultstream, "GIVE_BACK_AFTER_S", 0.0)
     rows = readings(1500)
     service.poison({700})
     delivery = service.sink.deliver(rows)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Self
 
-from tests.fakes import FakeBigQuery, FakePubSub
+from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
 from tests.harness.waiting import free_port
 
 PROJECT, TOPIC, DATASET, TABLE = "acme-edge", "kpi-events", "plant", "readings"
@@ -23,23 +23,26 @@ class Received:
 
 
 class Cloud:
-    """The two services, with topic and table in place."""
+    """The services, with topic and table in place."""
 
     def __init__(self) -> None:
         self.pubsub = FakePubSub(free_port(), topics=[TOPIC_PATH])
         self.bigquery = FakeBigQuery(free_port())
         self.bigquery.create_table(TABLE_REF)
+        self.write_api = FakeWriteApi(self.bigquery.store, free_port())
 
     def start(self) -> Self:
         """Serve."""
         self.pubsub.start()
         self.bigquery.start()
+        self.write_api.start()
         return self
 
     def stop(self) -> None:
         """Be away."""
         self.pubsub.stop()
         self.bigquery.stop()
+        self.write_api.stop()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that lead the forwarders here."""
@@ -50,6 +53,7 @@ class Cloud:
             "BIGQUERY_TABLE": TABLE,
             "PUBSUB_EMULATOR_HOST": self.pubsub.address,
             "BIGQUERY_EMULATOR_HOST": self.bigquery.url,
+            "BIGQUERY_STORAGE_EMULATOR_HOST": self.write_api.address,
         }
 
     def received(self, sink: str) -> list[Received]:
