@@ -29,7 +29,7 @@ TOPIC_FILTER_MAX_BYTES = 65_535
 AppEnv = Literal["LOCAL", "DEV", "PPRD", "PRD"]
 TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 WriteMethod = Literal["storage", "storage_default", "insert_all"]
-DEFAULT_WRITE_METHOD: WriteMethod = "insert_all"
+DEFAULT_WRITE_METHOD: WriteMethod = "storage"
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]

@@ -10,6 +10,7 @@ from tests.fakes.rows import Column
 from tests.harness import IMPATIENT, Cloud, Rig, assert_adds_up, wait_until
 from tests.harness.cloud import TABLE_REF, TOPIC_PATH
 
+METHODS = ("storage", "insert_all")
 READINGS = 300
 SOON_S = 15.0
 
@@ -50,8 +51,8 @@ HOLDS = (
     Hold(
         "bigquery",
         "not permitted",
-        lambda cloud: cloud.bigquery.faults.status(403, "accessDenied", times=None, calls={"*"}),
-        lambda cloud: cloud.bigquery.faults.clear(),
+        lambda cloud: cloud.refuse_bigquery(403, "accessDenied", grpc.StatusCode.PERMISSION_DENIED),
+        lambda cloud: cloud.mend_bigquery(),
         "--role=roles/bigquery.dataEditor",
     ),
     Hold(
@@ -71,10 +72,10 @@ HOLDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
+@pytest.fixture(scope="module", params=METHODS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """One system that goes through all holds."""
-    with Rig(forwarder=IMPATIENT) as rig:
+    with Rig(forwarder=IMPATIENT, BIGQUERY_WRITE_METHOD=request.param) as rig:
         rig.start()
         rig.publish(READINGS)
         rig.wait_until_delivered()

@@ -172,8 +172,8 @@ def test_orphans_end_in_time_although_the_services_hang() -> None:
     with Rig() as rig:
         rig.broker.start()
         with Supervisor(rig).supervising() as supervisor:
-            for service in (rig.cloud.pubsub, rig.cloud.bigquery):
-                service.faults.hang(times=None, calls={"*"})
+            rig.cloud.pubsub.faults.hang(times=None, calls={"*"})
+            rig.cloud.hang_bigquery()
             rig.publish(SOME)
             for service in (rig.cloud.pubsub, rig.cloud.bigquery):
                 assert service.faults.wait_fired(1, TIMEOUT_S)

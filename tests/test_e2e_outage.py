@@ -9,6 +9,7 @@ import pytest
 from tests.harness import COLLECTOR, IMPATIENT, Cloud, Rig, assert_adds_up, wait_until
 
 READINGS = 1_000
+METHODS = ("storage", "insert_all")
 OTHERS = {"pubsub": "bigquery", "bigquery": "pubsub"}
 SOON_S = 10.0
 """Far below what a wait behind an outage would take, far above a busy machine's delays."""
@@ -24,6 +25,8 @@ class Outage:
     end: Callable[[Cloud], object]
     seen: str
     """What the operator then reads in the backlog."""
+    seen_insert_all: str = ""
+    """The same where BigQuery is written to by insertAll."""
 
     def __str__(self) -> str:
         """Return the test's name."""
@@ -57,31 +60,34 @@ OUTAGES = (
     Outage(
         "bigquery",
         "connection refused",
-        lambda cloud: cloud.bigquery.stop(),
-        lambda cloud: cloud.bigquery.start(),
+        lambda cloud: cloud.stop_bigquery(),
+        lambda cloud: cloud.start_bigquery(),
+        "UNAVAILABLE",
         "Connection refused",
     ),
     Outage(
         "bigquery",
         "503",
-        lambda cloud: cloud.bigquery.faults.status(503, "backendError", times=None, calls={"*"}),
-        lambda cloud: cloud.bigquery.faults.clear(),
+        lambda cloud: cloud.refuse_bigquery(503, "backendError", grpc.StatusCode.UNAVAILABLE),
+        lambda cloud: cloud.mend_bigquery(),
+        "UNAVAILABLE: backendError",
         "HTTP 503",
     ),
     Outage(
         "bigquery",
         "hangs without an answer",
-        lambda cloud: cloud.bigquery.faults.hang(times=None, calls={"*"}),
-        lambda cloud: cloud.bigquery.faults.clear(),
+        lambda cloud: cloud.hang_bigquery(),
+        lambda cloud: cloud.mend_bigquery(),
+        "DEADLINE_EXCEEDED",
         "timed out",
     ),
 )
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
+@pytest.fixture(scope="module", params=METHODS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """One system that goes through all outages, one after the other."""
-    with Rig(forwarder=IMPATIENT) as rig:
+    with Rig(forwarder=IMPATIENT, BIGQUERY_WRITE_METHOD=request.param) as rig:
         rig.start()
         rig.publish(READINGS)
         rig.wait_until_delivered()
@@ -90,6 +96,9 @@ def rig() -> Iterator[Rig]:
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=str)
 def test_readings_wait_for_one_service_and_flow_to_the_other(rig: Rig, outage: Outage) -> None:
+    seen = outage.seen
+    if outage.seen_insert_all and rig.variables["BIGQUERY_WRITE_METHOD"] == "insert_all":
+        seen = outage.seen_insert_all
     outage.begin(rig.cloud)
     try:
         rig.publish(READINGS)
@@ -97,9 +106,9 @@ def test_readings_wait_for_one_service_and_flow_to_the_other(rig: Rig, outage: O
         rig.wait_until_spooled(SOON_S)
         rig.wait_until_delivered(OTHERS[outage.sink], timeout_s=SOON_S)
         wait_until(
-            lambda: outage.seen in rig.books.backlog(outage.sink)["detail"],
+            lambda: seen in rig.books.backlog(outage.sink)["detail"],
             SOON_S,
-            f"the backlog shows {outage.seen}",
+            f"the backlog shows {seen}",
         )
         backlog = rig.books.backlog(outage.sink)
         assert backlog["state"] == "retrying"
@@ -143,10 +152,12 @@ def test_both_services_away_from_the_start(rig: Rig) -> None:
 def test_an_answer_that_is_lost_loses_and_doubles_nothing(rig: Rig) -> None:
     rig.cloud.pubsub.faults.lose_answer(times=3)
     rig.cloud.bigquery.faults.lose_answer(times=3)
+    rig.cloud.write_api.faults.lose_answer(times=3)
     rig.publish(READINGS)
     rig.wait_until_delivered()
     rig.assert_nothing_lost()
-    # insertId lets the service recognise the second attempt; Pub/Sub's subscribers have event_id.
+    # The service recognises the second attempt by its offset, or by its insertId; Pub/Sub's
+    # subscribers have event_id.
     assert len(rig.cloud.received("bigquery")) == len(rig.publisher.samples)
 
 

@@ -11,13 +11,23 @@ POISON = 4_321.0
 TIMEOUT_S = 60.0
 
 
-@pytest.mark.parametrize("sink", ["pubsub", "bigquery"])
-def test_one_poison_row_among_ten_thousand_is_one_dead_letter(sink: str) -> None:
-    with Rig(forwarder=IMPATIENT) as rig:
+@pytest.mark.parametrize(
+    ("sink", "method", "reason", "words"),
+    [
+        ("pubsub", "storage", "invalid_argument", "failed schema validation"),
+        ("bigquery", "storage", "invalid", "poisoned, as planned"),
+        ("bigquery", "storage_default", "invalid", "poisoned, as planned"),
+        ("bigquery", "insert_all", "invalid", "The row was refused."),
+    ],
+)
+def test_one_poison_row_among_ten_thousand_is_one_dead_letter(
+    sink: str, method: str, reason: str, words: str
+) -> None:
+    with Rig(forwarder=IMPATIENT, BIGQUERY_WRITE_METHOD=method) as rig:
         if sink == "pubsub":
             rig.cloud.pubsub.faults.poison = lambda data: json.loads(data)["value"] == POISON
         else:
-            rig.cloud.bigquery.faults.poison = lambda row: row["value"] == POISON
+            rig.cloud.poison_bigquery(lambda row: row["value"] == POISON)
         rig.start()
         rig.publish(READINGS)
         rig.wait_until_delivered(timeout_s=TIMEOUT_S)
@@ -33,10 +43,6 @@ def test_one_poison_row_among_ten_thousand_is_one_dead_letter(sink: str) -> None
         (letter,) = rig.books.as_operator("SELECT * FROM dead_letters", sink)
         (poison,) = [s for s in rig.publisher.samples if s.number == POISON]
         assert (letter["topic"], letter["payload"]) == (poison.topic, poison.payload.decode())
-        reason, words = {
-            "pubsub": ("invalid_argument", "failed schema validation"),
-            "bigquery": ("invalid", "The row was refused."),
-        }[sink]
         assert letter["reason"] == reason
         assert words in letter["detail"], "the service's own words are kept"
         (other,) = set(rig.sinks) - {sink}
@@ -48,7 +54,7 @@ def test_several_poison_rows_in_a_row_cost_only_themselves() -> None:
     with Rig() as rig:
         numbers = set(range(200, 210))
         rig.cloud.pubsub.faults.poison = lambda data: json.loads(data)["value"] in numbers
-        rig.cloud.bigquery.faults.poison = lambda row: row["value"] in numbers
+        rig.cloud.poison_bigquery(lambda row: row["value"] in numbers)
         rig.start()
         rig.publish(500)
         rig.wait_until_delivered()

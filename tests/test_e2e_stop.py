@@ -53,7 +53,7 @@ def test_sigterm_during_an_outage_ends_each_program_in_under_10_s(rig: Rig) -> N
 
 def test_sigterm_while_the_services_hang_ends_the_forwarders_in_under_10_s(rig: Rig) -> None:
     rig.cloud.pubsub.faults.hang(times=None, calls={"*"})
-    rig.cloud.bigquery.faults.hang(times=None, calls={"*"})
+    rig.cloud.hang_bigquery()
     rig.start()
     rig.publish(READINGS)
     assert rig.cloud.pubsub.faults.wait_fired(1, SOON_S)
@@ -63,7 +63,7 @@ def test_sigterm_while_the_services_hang_ends_the_forwarders_in_under_10_s(rig: 
         assert code == 0, name
         assert seconds < STOP_S, name
     rig.cloud.pubsub.faults.clear()
-    rig.cloud.bigquery.faults.clear()
+    rig.cloud.mend_bigquery()
     rig.start(*FORWARDERS)
     rig.wait_until_delivered()
     assert_adds_up(rig.books, rig.sinks)

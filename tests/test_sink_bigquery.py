@@ -32,6 +32,7 @@ def made(fake: FakeBigQuery, **variables: str) -> InsertAllSink:
         "BIGQUERY_DATASET": "d",
         "BIGQUERY_TABLE": "readings",
         "PUBSUB_ENABLED": "false",
+        "BIGQUERY_WRITE_METHOD": "insert_all",
         "BIGQUERY_EMULATOR_HOST": fake.url,
     }
     return InsertAllSink(load_settings(environment | variables, "gate-1"))

@@ -8,12 +8,17 @@ without a condition and a deadline.
 
 from tests.harness.books import Books, Figures, SinkFigures
 from tests.harness.broker import Broker
-from tests.harness.checks import assert_adds_up, assert_all_received, assert_in_order
+from tests.harness.checks import (
+    assert_adds_up,
+    assert_all_received,
+    assert_in_order,
+    assert_once,
+)
 from tests.harness.cloud import Cloud, Received
 from tests.harness.plant import SITES, Plant, Sample
 from tests.harness.programs import Program
 from tests.harness.publisher import Load, Packet, Publisher
-from tests.harness.rig import COLLECTOR, FORWARDERS, IMPATIENT, PROGRAMS, Rig, last_words
+from tests.harness.rig import COLLECTOR, FORWARDERS, IMPATIENT, MORTAL, PROGRAMS, Rig, last_words
 from tests.harness.supervisor import Supervisor
 from tests.harness.waiting import wait_until
 
@@ -21,6 +26,7 @@ __all__ = [
     "COLLECTOR",
     "FORWARDERS",
     "IMPATIENT",
+    "MORTAL",
     "PROGRAMS",
     "SITES",
     "Books",
@@ -40,6 +46,7 @@ __all__ = [
     "assert_adds_up",
     "assert_all_received",
     "assert_in_order",
+    "assert_once",
     "last_words",
     "wait_until",
 ]

@@ -1,5 +1,6 @@
 """The claims that every test ends with: nothing lost, in order per site, the books add up."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tests.harness.books import Books, Figures
@@ -45,6 +46,14 @@ def assert_in_order(received: Sequence[Received], *, by: str = "number") -> None
         before = newest.get(one.site, 0)
         assert position > before, f"site {one.site}: {by} {position} came after {before}"
         newest[one.site] = position
+
+
+def assert_once(received: Sequence[Received]) -> None:
+    """Check that no reading came twice, and that they came in the order of seq."""
+    seqs = [one.seq for one in received]
+    twice = [seq for seq, times in Counter(seqs).items() if times > 1]
+    assert not twice, f"{len(twice)} came more than once: {twice[:_SHOWN]}"
+    assert seqs == sorted(seqs), "the table's order is not that of seq"
 
 
 def assert_adds_up(books: Books, sinks: Iterable[str]) -> Figures:

@@ -1,10 +1,14 @@
 """Both fakes, and what arrived at them in a form that can be compared with the ledger."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+import grpc
+
 from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
+from tests.fakes.rows import Row
 from tests.harness.waiting import free_port
 
 PROJECT, TOPIC, DATASET, TABLE = "acme-edge", "kpi-events", "plant", "readings"
@@ -34,15 +38,42 @@ class Cloud:
     def start(self) -> Self:
         """Serve."""
         self.pubsub.start()
-        self.bigquery.start()
-        self.write_api.start()
+        self.start_bigquery()
         return self
 
     def stop(self) -> None:
         """Be away."""
         self.pubsub.stop()
+        self.stop_bigquery()
+
+    def stop_bigquery(self) -> None:
+        """Let BigQuery be away, by whichever way it is written to."""
         self.bigquery.stop()
         self.write_api.stop()
+
+    def start_bigquery(self) -> None:
+        """Let BigQuery be there again."""
+        self.bigquery.start()
+        self.write_api.start()
+
+    def hang_bigquery(self) -> None:
+        """Let BigQuery take every request and never answer."""
+        self.bigquery.faults.hang(times=None, calls={"*"})
+        self.write_api.faults.hang(times=None, calls={"*"})
+
+    def refuse_bigquery(self, status: int, reason: str, code: grpc.StatusCode) -> None:
+        """Let BigQuery answer each request with an error, in the words of REST and of gRPC."""
+        self.bigquery.faults.status(status, reason, times=None, calls={"*"})
+        self.write_api.faults.abort(code, reason, times=None, calls={"*"})
+
+    def poison_bigquery(self, poison: Callable[[Row], bool]) -> None:
+        """Let BigQuery refuse the rows for which ``poison`` holds."""
+        self.bigquery.faults.poison = self.write_api.faults.poison = poison
+
+    def mend_bigquery(self) -> None:
+        """Let BigQuery be well again."""
+        self.bigquery.faults.clear()
+        self.write_api.faults.clear()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that lead the forwarders here."""

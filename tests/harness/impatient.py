@@ -7,7 +7,7 @@ changes them before the program begins; everything else is as it is.
 import sys
 
 from forwarder import __main__ as program
-from forwarder import backoff, bigquery, drain, pubsub
+from forwarder import appendcalls, backoff, bigquery, drain, pubsub, writeapi
 from lifecycle import leave
 
 HOLD_RETRY_S = 0.5
@@ -20,6 +20,8 @@ if __name__ == "__main__":
         (backoff, "BACKOFF_MAX_S", BACKOFF_MAX_S),
         (pubsub, "DEADLINE_S", DEADLINE_S),
         (bigquery, "DEADLINE_S", DEADLINE_S),
+        (appendcalls, "DEADLINE_S", DEADLINE_S),
+        (writeapi, "DEADLINE_S", DEADLINE_S),
     ):
         if not hasattr(module, name):
             raise AttributeError(f"{module.__name__} no longer has {name}")
