@@ -92,6 +92,7 @@ def test_kill_9_at_a_point_of_the_cycle(point: str, dice: random.Random) -> None
             died = [live_and_die(rig, point, dice.randint(1, 4)) for _ in range(KILLS)]
             assert all(died), f"it never came to the point {point}"
         settle(rig)
+        assert len(rig.cloud.write_api.streams.names) == 1, "the stream is taken up again"
 
 
 @pytest.mark.parametrize("point", sorted(NEVER_BY_ITSELF))
@@ -136,6 +137,7 @@ def test_kill_9_while_the_service_has_the_rows(moment: str, dice: random.Random)
                 forwarder.start()
                 assert forwarder.wait() == -9
         settle(rig)
+        assert len(rig.cloud.write_api.streams.names) == 1, "the stream is taken up again"
 
 
 def test_kill_9_at_random_times_and_points_under_faults(dice: random.Random) -> None:
