@@ -153,7 +153,10 @@ class AppendCalls:
             yield self.unanswered.popleft(), answer
 
     def drain(self) -> None:
-        """Take the answers to what is still on its way, whatever they say.
+        """After a refusal: take the answers to what is still on its way, whatever they say.
+
+        What comes next begins a new call. Whether a call whose first request was refused
+        knows the rows' type is not documented.
 
         Raises:
             CallError: The connection ended, or an answer did not come. It is closed.
@@ -161,6 +164,9 @@ class AppendCalls:
         while self.unanswered:
             self._receive()
             self.unanswered.popleft()
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None
 
     def _send(self, stream: str, append: Append, *, with_offsets: bool) -> None:
         if self._encoder is None:

@@ -55,8 +55,6 @@ class DefaultStreamSink:
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         try:
             while delivery.retry:
-                if time.monotonic() >= give_back_at:
-                    raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
                 self._calls.prepare()
                 self._append(delivery)
                 if delivery.retry and time.monotonic() >= give_back_at:
@@ -91,6 +89,8 @@ class DefaultStreamSink:
                     del todo[append.cut.offset]
                 else:
                     refused.append((append, refusal))
+            if refused:
+                self._calls.drain()
         except CallError as error:
             refused.append(
                 (self._calls.unanswered[0], refusal_of_status(error.code, error.details))

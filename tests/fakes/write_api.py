@@ -270,21 +270,25 @@ class FakeWriteApi:
         self, connection: _Connection, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
         """Answer each append `latency_s` after it came, while others come in."""
-        answers: queue.SimpleQueue[tuple[float, bytes | None]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[float, bytes | Exception | None]] = queue.SimpleQueue()
 
         def work() -> None:
+            end: Exception | None = None
             try:
                 for raw in requests:
                     due = time.monotonic() + self.latency_s
                     answers.put((due, self._append(connection, raw, context)))
-            finally:
-                answers.put((0.0, None))
+            except Exception as error:  # noqa: BLE001 - raised again where gRPC looks for it
+                end = error
+            answers.put((0.0, end))
 
         threading.Thread(target=work, daemon=True).start()
         while True:
             due, answer = answers.get()
             if answer is None:
                 return
+            if isinstance(answer, Exception):
+                raise answer
             time.sleep(max(0.0, due - time.monotonic()))
             yield answer
 
