@@ -142,7 +142,7 @@ def test_the_first_batch_after_a_crash_reaches_as_far_as_what_was_being_sent(
         app_env="DEV",
         max_rate=7,
         stop=stop,
-        watchdog=Watchdog([], 1.0),
+        watchdog=Watchdog(["a loop that never turns"], 1.0),
         clock=lambda: stop.now_s,
     ).run()
     sink.close()

@@ -333,7 +333,7 @@ class World:
                 app_env="DEV",
                 max_rate=0,
                 stop=stop,
-                watchdog=Watchdog([], 1.0),
+                watchdog=Watchdog(["a loop that never turns"], 1.0),
                 clock=lambda: stop.now_s,
             ).run()
         except CrashError:
