@@ -25,6 +25,7 @@ CASES: dict[str, Callable[[int, int], list[Row]]] = {
     "collector-ceiling": prune.ceiling_rows,
     "drain-pubsub": drain.pubsub_rows,
     "drain-bigquery": drain.bigquery_rows,
+    "drain-storage": drain.storage_rows,
     "chain": chain.rows,
     "backlog": backlog.rows,
     "backlog-view": backlog.look_rows,

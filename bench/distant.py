@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from tests.fakes import FakeBigQuery, FakePubSub
+from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
 
 _SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
@@ -40,11 +40,18 @@ def main() -> None:
         with FakeBigQuery(keep=False) as bigquery:
             bigquery.create_table(arguments.table)
             bigquery.faults.delay(delay_s)
-            _serve(bigquery.port, lambda: {"tables": {arguments.table: bigquery.count}})
+            with FakeWriteApi(bigquery.store, latency_s=delay_s, strict=False) as write_api:
+                _serve(
+                    bigquery.port,
+                    lambda: {
+                        "write_port": write_api.port,
+                        "tables": {arguments.table: bigquery.count},
+                    },
+                )
 
 
 def _serve(port: int, counts: Callable[[], dict[str, object]]) -> None:
-    _tell({"event": "serving", "port": port})
+    _tell({"event": "serving", **counts(), "port": port})
     while signal.sigwait(_SIGNALS) == signal.SIGUSR1:
         _tell({"event": "counts", **counts()})
 

@@ -118,13 +118,13 @@ def _bigquery(setup: Rig, delay_ms: float) -> Fake:
     return distant_bigquery(directory, delay_ms) if delay_ms else fake_bigquery(directory)
 
 
-def to_bigquery(count: int, delay_ms: float = 0.0) -> Run:
-    """Fill a spool and drain it to a new fake of BigQuery, by insert_all."""
+def to_bigquery(count: int, delay_ms: float = 0.0, method: str = "insert_all") -> Run:
+    """Fill a spool and drain it to a new fake of BigQuery."""
     with rig() as setup:
         fill(setup.spool_dir, count)
         fake = _bigquery(setup, delay_ms)
         setup.start(fake.process)
-        environ = {**bigquery_environ(fake), "BIGQUERY_WRITE_METHOD": "insert_all"}
+        environ = {**bigquery_environ(fake), "BIGQUERY_WRITE_METHOD": method}
         run = forwarder(setup, "bigquery", count, 0, environ)
         _all_arrived(fake.counts()["tables"][TABLE_REF], count, "the forwarder")
         return run
@@ -178,18 +178,27 @@ def pubsub_rows(rounds: int, count: int) -> list[Row]:
 
 def bigquery_rows(rounds: int, count: int) -> list[Row]:
     """Return row 4, with the service on this machine, and with one that is far away."""
+    return _bigquery_rows("drain-bigquery", "insert_all", ">= 3", rounds, count)
+
+
+def storage_rows(rounds: int, count: int) -> list[Row]:
+    """Return the same by the write API, exactly once."""
+    return _bigquery_rows("drain-storage", "storage", ">= 5", rounds, count)
+
+
+def _bigquery_rows(name: str, method: str, target: str, rounds: int, count: int) -> list[Row]:
     rows = []
     for delay_ms, suffix in ((0.0, ""), (DISTANCE_MS, "-distant")):
         late = f", answers {delay_ms:.0f} ms later" if delay_ms else ""
         row = Row(
-            f"drain-bigquery{suffix}",
-            f"forwarder bigquery by insert_all, {count:,} readings ÷ a plain loop of "
+            f"{name}{suffix}",
+            f"forwarder bigquery by {method}, {count:,} readings ÷ a plain loop of "
             "insert_rows_json with 500 rows a call",
             "rows/s",
-            ">= 3",
+            target,
             notes=[f"server: in-repo fake{late}, counted there; cursor at the end"],
         )
         for _ in range(rounds):
-            _add(row, to_bigquery(count, delay_ms), plain_bigquery(count, delay_ms))
+            _add(row, to_bigquery(count, delay_ms, method), plain_bigquery(count, delay_ms))
         rows.append(row)
     return rows

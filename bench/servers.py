@@ -57,7 +57,9 @@ class Fake:
             f"fake-{kind}-{uuid.uuid4().hex[:6]}", [module, kind, *arguments], directory
         )
         line = self.process.wait_output('"serving"', START_TIMEOUT_S).splitlines()[-1]
-        self.port = int(json.loads(line)["port"])
+        serving = json.loads(line)
+        self.port = int(serving["port"])
+        self.write_port = int(serving.get("write_port", 0))
 
     def counts(self) -> dict[str, Any]:
         """Ask it what it has received."""
@@ -90,7 +92,11 @@ def distant_bigquery(directory: Path, delay_ms: float) -> Fake:
 
 def bigquery_environ(fake: Fake) -> dict[str, str]:
     """Return what leads a forwarder to the fake."""
-    return {**NAMES, "BIGQUERY_EMULATOR_HOST": f"http://127.0.0.1:{fake.port}"}
+    return {
+        **NAMES,
+        "BIGQUERY_EMULATOR_HOST": f"http://127.0.0.1:{fake.port}",
+        "BIGQUERY_STORAGE_EMULATOR_HOST": f"127.0.0.1:{fake.write_port}",
+    }
 
 
 class PubSub:

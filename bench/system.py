@@ -38,6 +38,7 @@ class Services:
             "PUBSUB_TOPIC": TOPIC,
             "PUBSUB_EMULATOR_HOST": f"127.0.0.1:{self.pubsub.port}",
             "BIGQUERY_EMULATOR_HOST": f"http://127.0.0.1:{self.bigquery.port}",
+            "BIGQUERY_STORAGE_EMULATOR_HOST": f"127.0.0.1:{self.bigquery.write_port}",
         }
 
     def received(self) -> tuple[int, int]:

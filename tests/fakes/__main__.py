@@ -15,6 +15,7 @@ from collections.abc import Callable
 from tests.fakes.bigquery import FakeBigQuery
 from tests.fakes.pubsub import FakePubSub
 from tests.fakes.tables import READINGS
+from tests.fakes.write_api import FakeWriteApi
 
 SCHEMAS = {"default": READINGS}
 _SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
@@ -36,7 +37,10 @@ def main() -> None:
                 bigquery.create_dataset(ref.rpartition(".")[0])
                 if arguments.create:
                     bigquery.create_table(ref, SCHEMAS[arguments.schema])
-            _serve(lambda: _bigquery_counts(bigquery))
+            # What is not kept need not be looked into.
+            write_api = FakeWriteApi(bigquery.store, arguments.write_port, strict=arguments.keep)
+            with write_api:
+                _serve(lambda: _bigquery_counts(bigquery, write_api))
 
 
 def _serve(counts: Callable[[], dict[str, object]]) -> None:
@@ -63,10 +67,13 @@ def _pubsub_counts(fake: FakePubSub) -> dict[str, object]:
     }
 
 
-def _bigquery_counts(fake: FakeBigQuery) -> dict[str, object]:
+def _bigquery_counts(fake: FakeBigQuery, write_api: FakeWriteApi) -> dict[str, object]:
     return {
         "fake": "bigquery",
         "port": fake.port,
+        "write_port": write_api.port,
+        "appends": len(write_api.appended),
+        "streams": len(write_api.streams.names),
         "count": fake.count,
         "requests": fake.requests,
         "tables": {table.ref: table.count for table in fake.store.tables()},
@@ -79,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     fakes = parser.add_subparsers(dest="fake", required=True)
     pubsub = fakes.add_parser("pubsub", help="gRPC")
     pubsub.add_argument("--topic", action="append", default=[], help="projects/P/topics/T")
-    bigquery = fakes.add_parser("bigquery", help="REST")
+    bigquery = fakes.add_parser("bigquery", help="REST, and the write API by gRPC")
+    bigquery.add_argument("--write-port", type=int, default=0)
     bigquery.add_argument("--table", action="append", default=[], help="project.dataset.table")
     bigquery.add_argument("--create", action="store_true", help="create the tables")
     bigquery.add_argument("--schema", choices=sorted(SCHEMAS), default="default")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
 import msgspec
@@ -23,6 +24,8 @@ PARTITION_FUTURE = timedelta(days=366)
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EPOCH_MIN_S, EPOCH_MAX_S = -62135596800, 253402300799  # years 1 to 9999
+# https://cloud.google.com/bigquery/docs/reference/standard-sql/data-types#decimal_types
+NUMERIC_SCALE, NUMERIC_WHOLE_DIGITS = 9, 29
 
 _INTEGER = r"^-?[0-9]{1,18}$"  # 19 digits are judged by value
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -215,6 +218,22 @@ def _judge_bytes(value: object) -> str:
     return f"Could not decode base64 string to bytes. Field: {value}"
 
 
+def numeric_problem(value: object) -> str:
+    """Return why a NUMERIC column does not take a value; empty if it does."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise InvalidOperation
+        _, digits, exponent = Decimal(str(value)).as_tuple()
+    except InvalidOperation:
+        return f"Invalid NUMERIC value: {value}"
+    if isinstance(exponent, int):
+        text = "".join(map(str, digits))
+        scale = -exponent - len(text) + len(text.rstrip("0") or "0")
+        if scale <= NUMERIC_SCALE and len(text.lstrip("0")) + exponent <= NUMERIC_WHOLE_DIGITS:
+            return ""
+    return f"Invalid NUMERIC value: {value}"
+
+
 # Types are kept under their legacy names, as the service returns them.
 LEGACY_NAMES = {"INT64": "INTEGER", "FLOAT64": "FLOAT", "BOOL": "BOOLEAN"}
 
@@ -225,6 +244,7 @@ _JUDGES: dict[str, Callable[[object], str]] = {
     "BOOLEAN": _judge_boolean,
     "TIMESTAMP": _judge_timestamp,
     "BYTES": _judge_bytes,
+    "NUMERIC": numeric_problem,
 }
 KNOWN_TYPES = frozenset(_JUDGES)
 

@@ -1,113 +1,55 @@
 """A fake of the BigQuery Storage Write API: gRPC on a real socket, before the REST fake's tables.
 
-Documented, and enforced: the routing header, requests below 10 MB, the writer schema in the first
-request of a connection, offsets, all or none of a request's rows, errors inside an answer while
-the connection goes on, `updated_schema` some appends after a change of the table, streams that
-are finalized or forgotten. Assumed: a request that cannot be read at all (no stream, no schema,
-too large, a wrong routing header) ends the call with INVALID_ARGUMENT.
+CreateWriteStream (COMMITTED only), GetWriteStream, FinalizeWriteStream, AppendRows with protobuf
+rows, the default stream.
+
+Documented, and enforced: the routing header, the size of a request, stream and writer schema in
+the first request of a connection, offsets, all or none of a request's rows, no offset on the
+default stream, column types, `updated_schema` some appends after a change of the table, one
+connection at a time for each application-created stream, streams that are finalized or expire.
 https://cloud.google.com/bigquery/docs/reference/storage/rpc/google.cloud.bigquery.storage.v1
+https://cloud.google.com/bigquery/docs/write-api-best-practices
+
+Errors of offsets and of rows come in the answer, and the connection goes on: documented with
+AppendRowsResponse, and so do Google's integration tests of Java and Go see it, which the words of
+the messages are taken from. A schema with extra fields and a request that is too large end the
+call: so do those of Node and Go see it. Assumed is that the same holds for each other request
+that is malformed and for a stream or table that is not found; `FakeWriteApi.ending` chooses.
+Not documented, and therefore not enforced: how old rows may be in a partitioned table. A stream
+that was finalized says so in the answer, which is assumed as well.
 """
 
-import queue
+import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
-from google.cloud.bigquery_storage_v1 import types
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, status_pb2  # type: ignore[import-untyped]
 
-from tests.fakes.faults import Delay, FaultPlan, Hang, LoseAnswer
-from tests.fakes.pubsub import HOST, MAX_WIRE_BYTES, WORKERS, Abort
-from tests.fakes.rows import Row
-from tests.fakes.tables import Table, TableStore
-from tests.fakes.write_rows import SchemaError, check_schema, decode_rows
-from tests.fakes.write_streams import StreamError, WriteStreams
-
-REQUEST_MAX_BYTES = 10_000_000
-ROW_ERRORS_TEXT = (
-    "Errors found while processing rows. Please refer to the row_errors field for details. The "
-    "list may not be complete because of the size limitations."
+from tests.fakes.faults import LoseAnswer
+from tests.fakes.pubsub import HOST, MAX_WIRE_BYTES, WORKERS
+from tests.fakes.tables import TableStore
+from tests.fakes.write_calls import EndOfCallError, check_routing, cut_off, end_call, meet_fault
+from tests.fakes.write_connection import Connection
+from tests.fakes.write_faults import WriteFaults
+from tests.fakes.write_messages import (
+    FULL_VIEW,
+    CreateWriteStreamRequest,
+    FinalizeWriteStreamRequest,
+    FinalizeWriteStreamResponse,
+    GetWriteStreamRequest,
+    WriteStreamMessage,
+    on_wire,
+    status_message,
+    status_of,
+    stream_message,
 )
+from tests.fakes.write_streams import MalformedError, StreamError, WriteStreams
+
 SERVICE = "google.cloud.bigquery.storage.v1.BigQueryWrite"
-
-_AppendRowsRequest = types.AppendRowsRequest.pb()
-_AppendRowsResponse = types.AppendRowsResponse.pb()
-_CreateWriteStreamRequest = types.CreateWriteStreamRequest.pb()
-_FinalizeWriteStreamRequest = types.FinalizeWriteStreamRequest.pb()
-_FinalizeWriteStreamResponse = types.FinalizeWriteStreamResponse.pb()
-_GetWriteStreamRequest = types.GetWriteStreamRequest.pb()
-_StorageError = types.StorageError.pb()
-_TableFieldSchema = types.TableFieldSchema.pb()
-_TableSchema = types.TableSchema.pb()
-_WriteStream = types.WriteStream.pb()
-
-_SCHEMA_TYPES = {"INTEGER": "INT64", "FLOAT": "DOUBLE", "BOOLEAN": "BOOL"}
-
-
-@dataclass(frozen=True, slots=True)
-class InStream:
-    """Answer an append with this error inside the stream; it is not carried out, or is."""
-
-    code: str
-    message: str
-    carried_out: bool = False
-
-
-class WriteFaults(FaultPlan):
-    """Faults for the requests to come; the default call is AppendRows, where each append counts.
-
-    Attributes:
-        poison: a predicate on a row. An append with such a row is refused.
-        incomplete: whether only the first bad row of an append is named.
-        before_append: called with stream and offset before an append is carried out.
-        after_append: called with stream and offset after it was, before the answer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("AppendRows")
-        self.poison: Callable[[Row], bool] | None = None
-        self.incomplete = False
-        self.before_append: Callable[[str, int], None] = lambda *_: None
-        self.after_append: Callable[[str, int], None] = lambda *_: None
-
-    def abort(
-        self,
-        code: grpc.StatusCode,
-        details: str = "",
-        times: int | None = 1,
-        calls: set[str] | None = None,
-    ) -> None:
-        """End the next `times` calls with `code`; for AppendRows, at an append."""
-        self.add(Abort(code, details), times, calls)
-
-    def refuse(
-        self, code: str, message: str = "", times: int | None = 1, *, carried_out: bool = False
-    ) -> None:
-        """Answer the next `times` appends with an error inside the stream."""
-        self.add(InStream(code, message or code, carried_out), times)
-
-    def clear(self) -> None:
-        """Forget every fault, the poison too, and let go of what hangs."""
-        self.poison = None
-        self.incomplete = False
-        self.before_append = self.after_append = lambda *_: None
-        super().clear()
-
-
-@dataclass
-class _Connection:
-    """What an AppendRows call has said so far."""
-
-    routing: str
-    stream: str = ""
-    descriptor: bytes = b""
-    etag: str = ""
-    lag: int = 0
 
 
 @dataclass
@@ -117,7 +59,15 @@ class Appended:
     stream: str
     offset: int | None
     rows: int
-    size: int = field(compare=False)
+    size: int = field(compare=False)  # bytes of the request
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A request that no client may send: it broke a documented rule, whatever the state."""
+
+    stream: str
+    text: str
 
 
 class FakeWriteApi:
@@ -126,9 +76,18 @@ class FakeWriteApi:
     Args:
         store: The tables, as in FakeBigQuery.
         port: Where to listen; 0 takes a free port and keeps it for restarts.
-        latency_s: How long after its arrival an append is answered. Several may be under way.
-        strict: False does not look into rows: for benchmarks.
+        latency_s: How long after its arrival an append is answered. It is carried out at once,
+            and several may be under way. May be changed at any time.
+        strict: False looks neither into rows nor at the schema: for benchmarks.
         schema_lag: So many appends after a change of the table `updated_schema` tells of it.
+
+    Attributes:
+        ending: The StorageErrorCodes, by name, whose errors end the call instead of being
+            answered; the empty name stands for errors without such a code, which are a writer
+            schema that does not fit the table, and Arrow.
+        appended: What was carried out, in this order.
+        connections: Each AppendRows call so far.
+        violations: Each request that no client may send.
     """
 
     def __init__(
@@ -145,10 +104,14 @@ class FakeWriteApi:
         self.streams = WriteStreams(store)
         self.faults = WriteFaults()
         self.latency_s = latency_s
+        self.strict = strict
         self.schema_lag = schema_lag
+        self.ending = {"", "SCHEMA_MISMATCH_EXTRA_FIELDS", "STREAM_NOT_FOUND", "TABLE_NOT_FOUND"}
         self.appended: list[Appended] = []
-        self.calls = 0
-        self._strict = strict
+        self.connections: list[Connection] = []
+        self.violations: list[Violation] = []
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
 
@@ -165,6 +128,21 @@ class FakeWriteApi:
         """Where it listens, as host:port."""
         return f"{HOST}:{self.port}"
 
+    @property
+    def calls(self) -> int:
+        """How many AppendRows calls there were."""
+        return len(self.connections)
+
+    @property
+    def requests(self) -> int:
+        """How many appends arrived, whatever became of them."""
+        return sum(connection.received for connection in list(self.connections))
+
+    @property
+    def in_flight_max(self) -> int:
+        """How many appends waited for their answers at once, on one connection."""
+        return max((c.in_flight_max for c in list(self.connections)), default=0)
+
     def start(self) -> Self:
         """Listen, on the port of last time if there was one; return once it is open."""
         if self._server is not None:
@@ -172,23 +150,7 @@ class FakeWriteApi:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fake-write-api")
         server = grpc.server(
             self._pool,
-            handlers=[
-                grpc.method_handlers_generic_handler(
-                    SERVICE,
-                    {
-                        "CreateWriteStream": grpc.unary_unary_rpc_method_handler(
-                            self._unary("CreateWriteStream", "parent", self._create)
-                        ),
-                        "GetWriteStream": grpc.unary_unary_rpc_method_handler(
-                            self._unary("GetWriteStream", "name", self._get)
-                        ),
-                        "FinalizeWriteStream": grpc.unary_unary_rpc_method_handler(
-                            self._unary("FinalizeWriteStream", "name", self._finalize)
-                        ),
-                        "AppendRows": grpc.stream_stream_rpc_method_handler(self._append_rows),
-                    },
-                )
-            ],
+            handlers=[grpc.method_handlers_generic_handler(SERVICE, self._handlers())],
             options=[
                 ("grpc.so_reuseport", 0),  # a port that is taken must be an error
                 ("grpc.max_receive_message_length", MAX_WIRE_BYTES),
@@ -203,243 +165,98 @@ class FakeWriteApi:
         self._server = server
         return self
 
-    def stop(self) -> None:
-        """Go away: connections are refused, calls under way fail. The store stays."""
+    def stop(self, grace_s: float | None = None) -> None:
+        """Go away: connections are refused, calls under way fail. The store stays.
+
+        Args:
+            grace_s: How long calls under way may go on after clients were told (GOAWAY).
+        """
         if self._server is None or self._pool is None:
             return
-        stopped = self._server.stop(grace=None)
-        self.faults.release()
+        stopped = self._server.stop(grace=grace_s)
+        if grace_s is None:
+            self.faults.release()
         stopped.wait()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.faults.release()
+        self._pool.shutdown()
         self._server = None
         self._pool = None
 
-    # The calls with one answer.
+    def restart(self, grace_s: float | None = None) -> None:
+        """Go away and come back at once, as a server that is replaced by another one."""
+        self.stop(grace_s)
+        self.start()
 
-    def _unary(
-        self, call: str, routed_by: str, handle: Callable[[bytes], tuple[str, Any]]
+    def note_append(self, stream: str, offset: int | None, rows: int, size: int) -> None:
+        """Remember that an append was carried out."""
+        with self._lock:
+            self.appended.append(Appended(stream, offset, rows, size))
+
+    def note_violation(self, stream: str, text: str) -> None:
+        """Remember a request that no client may send."""
+        with self._lock:
+            self.violations.append(Violation(stream, text))
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        calls: dict[str, tuple[str, Callable[[bytes], Any], Callable[[Any], Any]]] = {
+            "CreateWriteStream": ("parent", CreateWriteStreamRequest.FromString, self._create),
+            "GetWriteStream": ("name", GetWriteStreamRequest.FromString, self._get),
+            "FinalizeWriteStream": ("name", FinalizeWriteStreamRequest.FromString, self._finalize),
+        }
+        handlers = {
+            call: grpc.unary_unary_rpc_method_handler(self._guarded(call, *how))
+            for call, how in calls.items()
+        }
+        handlers["AppendRows"] = grpc.stream_stream_rpc_method_handler(self._append_rows)
+        return handlers
+
+    def _guarded(
+        self,
+        call: str,
+        routed_by: str,
+        parse: Callable[[bytes], Any],
+        handle: Callable[[Any], Any],
     ) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        """Wrap a call with one answer so that faults and refusals become its status."""
+
         def serve(raw: bytes, context: grpc.ServicerContext) -> bytes:
             fault = self.faults.take(call)
+            name = ""
             try:
-                if isinstance(fault, Abort):
-                    raise _ended(context, fault.code, fault.details)
-                self._hold(fault, context)
-                name, answer = handle(raw)
-                _check_routing(context, f"{routed_by}={name}")
+                meet_fault(self.faults, fault, context)
+                request = parse(raw)
+                name = getattr(request, routed_by)
+                check_routing(context, routed_by, name)
+                answer = on_wire(handle(request))
                 if isinstance(fault, LoseAnswer):
-                    raise _ended(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
+                    raise cut_off()
+            except EndOfCallError as end:
+                end_call(context, end.status)
             except StreamError as error:
-                raise _ended(context, grpc.StatusCode[error.code], str(error)) from error
-            wire: bytes = answer.SerializeToString()
-            return wire
+                if isinstance(error, MalformedError):
+                    self.note_violation(name, str(error))
+                end_call(context, status_of(error))
+            except DecodeError:
+                end_call(context, status_message("INTERNAL", "Failed parsing the request."))
+            return answer
 
         return serve
 
-    def _create(self, raw: bytes) -> tuple[str, Any]:
-        request = _CreateWriteStreamRequest.FromString(raw)
-        if request.write_stream.type_ != _WriteStream.COMMITTED:
-            raise StreamError("UNIMPLEMENTED", "", "only COMMITTED streams are made here")
-        stream = self.streams.create(request.parent)
-        return request.parent, _shown(stream.name, stream.table)
+    def _create(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
+        if request.write_stream.type_ != WriteStreamMessage.COMMITTED:
+            text = "This fake makes only streams of type COMMITTED."
+            raise StreamError("UNIMPLEMENTED", "", text, request.parent)
+        return stream_message(self.streams.create(request.parent), full=True)
 
-    def _get(self, raw: bytes) -> tuple[str, Any]:
-        name = _GetWriteStreamRequest.FromString(raw).name
-        stream = self.streams.stream(name)
-        return name, _shown(stream.name, stream.table)
+    def _get(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
+        return stream_message(self.streams.stream(request.name), full=request.view == FULL_VIEW)
 
-    def _finalize(self, raw: bytes) -> tuple[str, Any]:
-        name = _FinalizeWriteStreamRequest.FromString(raw).name
-        return name, _FinalizeWriteStreamResponse(row_count=self.streams.finalize(name))
-
-    # AppendRows.
+    def _finalize(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
+        return FinalizeWriteStreamResponse(row_count=self.streams.finalize(request.name))
 
     def _append_rows(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        self.calls += 1
-        routing = dict(context.invocation_metadata()).get("x-goog-request-params", "")
-        connection = _Connection(str(routing))
-        if not self.latency_s:
-            for raw in requests:
-                yield self._append(connection, raw, context)
-            return
-        yield from self._answer_later(connection, requests, context)
-
-    def _answer_later(
-        self, connection: _Connection, requests: Iterator[bytes], context: grpc.ServicerContext
-    ) -> Iterator[bytes]:
-        """Answer each append `latency_s` after it came, while others come in."""
-        answers: queue.SimpleQueue[tuple[float, bytes | Exception | None]] = queue.SimpleQueue()
-
-        def work() -> None:
-            end: Exception | None = None
-            try:
-                for raw in requests:
-                    due = time.monotonic() + self.latency_s
-                    answers.put((due, self._append(connection, raw, context)))
-            except Exception as error:  # noqa: BLE001 - raised again where gRPC looks for it
-                end = error
-            answers.put((0.0, end))
-
-        threading.Thread(target=work, daemon=True).start()
-        while True:
-            due, answer = answers.get()
-            if answer is None:
-                return
-            if isinstance(answer, Exception):
-                raise answer
-            time.sleep(max(0.0, due - time.monotonic()))
-            yield answer
-
-    def _append(self, connection: _Connection, raw: bytes, context: grpc.ServicerContext) -> bytes:
-        """Carry one append out; return its answer, or end the call."""
-        fault = self.faults.take("AppendRows")
-        if isinstance(fault, Abort):
-            raise _ended(context, fault.code, fault.details)
-        self._hold(fault, context)
-        if isinstance(fault, InStream) and not fault.carried_out:
-            return _wire(_error(fault.code, "", fault.message))
-        try:
-            request = _AppendRowsRequest.FromString(raw)
-            self._check_request(connection, request, len(raw))
-        except (StreamError, DecodeError) as error:
-            code = getattr(error, "code", "INVALID_ARGUMENT")
-            raise _ended(context, grpc.StatusCode[code], str(error)) from error
-        answer = self._carry_out(connection, request, len(raw))
-        if isinstance(fault, LoseAnswer):
-            raise _ended(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
-        if isinstance(fault, InStream):
-            return _wire(_error(fault.code, "", fault.message))
-        return _wire(answer)
-
-    def _hold(self, fault: object, context: grpc.ServicerContext) -> None:
-        if isinstance(fault, (Hang, Delay)):
-            context.add_callback(self.faults.wake)
-            delay_s = fault.delay_s if isinstance(fault, Delay) else None
-            if not self.faults.hold(delay_s, lambda: not context.is_active()):
-                raise _ended(context, grpc.StatusCode.UNAVAILABLE, "The fake let go of it.")
-
-    def _check_request(self, connection: _Connection, request: Any, size: int) -> None:  # noqa: ANN401 - protobuf's class
-        """Raise StreamError for what ends the call."""
-        if size > REQUEST_MAX_BYTES:
-            text = f"AppendRows request too large: {size} limit {REQUEST_MAX_BYTES}"
-            raise StreamError("INVALID_ARGUMENT", "", text)
-        if request.write_stream:
-            if connection.stream not in {"", request.write_stream}:
-                raise StreamError("INVALID_ARGUMENT", "", "another stream on this connection")
-            connection.stream = request.write_stream
-        if connection.routing != f"write_stream={connection.stream}" or not connection.stream:
-            text = f"routing header {connection.routing!r} for stream {connection.stream!r}"
-            raise StreamError("INVALID_ARGUMENT", "", text)
-        schema = request.proto_rows.writer_schema
-        if schema.HasField("proto_descriptor"):
-            connection.descriptor = schema.proto_descriptor.SerializeToString()
-            table = self.streams.table(connection.stream)
-            connection.etag, connection.lag = table.etag, 0
-        if not connection.descriptor:
-            raise StreamError("INVALID_ARGUMENT", "", "Schema must be specified in first request")
-        if not request.proto_rows.rows.serialized_rows:
-            raise StreamError("INVALID_ARGUMENT", "", "Rows must be specified")
-
-    def _carry_out(self, connection: _Connection, request: Any, size: int) -> Any:  # noqa: ANN401 - protobuf's classes
-        rows = list(request.proto_rows.rows.serialized_rows)
-        offset = request.offset.value if request.HasField("offset") else None
-        try:
-            table = self.streams.table(connection.stream)
-            self.faults.before_append(connection.stream, offset if offset is not None else -1)
-            load, errors = self._read(connection, table, rows)
-            if errors:
-                self._check_offset(connection.stream, offset)
-                answer = _error("INVALID_ARGUMENT", "", ROW_ERRORS_TEXT)
-                for index, problem in errors[: 1 if self.faults.incomplete else None]:
-                    answer.row_errors.add(index=index, code=1, message=problem)
-                return answer
-            there = self.streams.append(connection.stream, offset, len(rows), load)
-        except StreamError as error:
-            return _error(error.code, error.kind, str(error))
-        except SchemaError as error:
-            kind = "SCHEMA_MISMATCH_EXTRA_FIELDS" if error.extra_fields else ""
-            return _error("INVALID_ARGUMENT", kind, f"{error} Entity: {connection.stream}")
-        self.appended.append(Appended(connection.stream, there, len(rows), size))
-        self.faults.after_append(connection.stream, there if there is not None else -1)
-        answer = _AppendRowsResponse(write_stream=connection.stream)
-        answer.append_result.SetInParent()
-        if there is not None:
-            answer.append_result.offset.value = there
-        self._tell_schema(connection, table, answer)
-        return answer
-
-    def _check_offset(self, name: str, offset: int | None) -> None:
-        """An offset is judged before the rows are; appending nothing does just that."""
-        self.streams.append(name, offset, 0, list)
-
-    def _read(
-        self, connection: _Connection, table: Table, serialized: list[bytes]
-    ) -> tuple[Callable[[], list[Row]], list[tuple[int, str]]]:
-        descriptor, columns = connection.descriptor, dict(table.columns)
-        if not self._strict:
-            return lambda: decode_rows(descriptor, columns, serialized)[0], []
-        parsed = types.ProtoSchema.pb()()
-        parsed.proto_descriptor.MergeFromString(descriptor)
-        check_schema(parsed.proto_descriptor, columns)
-        rows, errors = decode_rows(descriptor, columns, serialized)
-        poison = self.faults.poison
-        if poison is not None:
-            known = {index for index, _ in errors}
-            errors += [
-                (index, "poisoned, as planned")
-                for index, row in enumerate(rows)
-                if index not in known and poison(row)
-            ]
-        return lambda: rows, sorted(errors)
-
-    def _tell_schema(self, connection: _Connection, table: Table, answer: Any) -> None:  # noqa: ANN401 - protobuf's class
-        if table.etag == connection.etag:
-            return
-        connection.lag += 1
-        if connection.lag >= self.schema_lag:
-            connection.etag, connection.lag = table.etag, 0
-            answer.updated_schema.CopyFrom(_schema(table))
-
-
-def _schema(table: Table) -> Any:  # noqa: ANN401 - protobuf's class
-    schema = _TableSchema()
-    for column in table.columns.values():
-        schema.fields.add(
-            name=column.name,
-            type_=_TableFieldSchema.Type.Value(_SCHEMA_TYPES.get(column.type, column.type)),
-            mode=_TableFieldSchema.Mode.Value(column.mode),
-        )
-    return schema
-
-
-def _shown(name: str, table: Table) -> Any:  # noqa: ANN401 - protobuf's class
-    return _WriteStream(name=name, type_=_WriteStream.COMMITTED, table_schema=_schema(table))
-
-
-def _error(code: str, kind: str, message: str) -> Any:  # noqa: ANN401 - protobuf's class
-    status = status_pb2.Status(code=code_pb2.Code.Value(code), message=message)
-    if kind:
-        number = _StorageError.StorageErrorCode.Value(kind)
-        status.details.add().Pack(_StorageError(code=number, error_message=message))
-    answer = _AppendRowsResponse()
-    answer.error.CopyFrom(status)
-    return answer
-
-
-def _wire(message: Any) -> bytes:  # noqa: ANN401 - protobuf's class
-    wire: bytes = message.SerializeToString()
-    return wire
-
-
-def _check_routing(context: grpc.ServicerContext, expected: str) -> None:
-    found = dict(context.invocation_metadata()).get("x-goog-request-params", "")
-    if found not in {expected, expected.replace("/", "%2F")}:
-        raise StreamError("INVALID_ARGUMENT", "", f"routing header {found!r}, not {expected!r}")
-
-
-def _ended(context: grpc.ServicerContext, code: grpc.StatusCode, details: str) -> Exception:
-    """End the call; gRPC raises by itself, the return value is for the reader."""
-    context.abort(code, details)
-    return AssertionError("abort returned")
+        connection = Connection(self, next(self._numbers), context)
+        self.connections.append(connection)
+        return connection.answers(requests)
