@@ -93,7 +93,7 @@ class AppendCalls:
             return
         fault = self.fault("append", CallError(refusal.code, refusal.details))
         # A new column is in the table at once, and known to the write API minutes later.
-        lagging = "SCHEMA_MISMATCH_EXTRA_FIELDS" in refusal.details
+        lagging = refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS"
         kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
         raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
 

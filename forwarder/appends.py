@@ -151,6 +151,8 @@ class Refusal:
     """The service's words."""
     rows: list[tuple[int, str]] = field(default_factory=list)
     """Of ROWS: index within the append, and what is wrong with it."""
+    kind: str = ""
+    """The name of the StorageError's code, if there is one."""
     expected: int = -1
     """Of OFFSET: the offset that the service names; -1 if it names none."""
 
@@ -214,7 +216,7 @@ def refusal_of_status(code: str, details: str, kind: str = "") -> Refusal:
     if kind in _STREAM_ERRORS or (not kind and code == "NOT_FOUND"):
         return Refusal(Meaning.STREAM, code, details)
     if kind == "SCHEMA_MISMATCH_EXTRA_FIELDS" or blame_grpc(code) is Blame.ROWS:
-        return Refusal(Meaning.SCHEMA, code, details)
+        return Refusal(Meaning.SCHEMA, code, details, kind=kind)
     return Refusal(Meaning.FAULT, code, details)
 
 

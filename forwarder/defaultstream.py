@@ -93,7 +93,10 @@ class DefaultStreamSink:
                 self._calls.drain()
         except CallError as error:
             refused.append(
-                (self._calls.unanswered[0], refusal_of_status(error.code, error.details))
+                (
+                    self._calls.unanswered[0],
+                    refusal_of_status(error.code, error.details, error.kind),
+                )
             )
         return refused
 

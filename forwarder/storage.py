@@ -46,6 +46,9 @@ GIVE_BACK_AFTER_S = 60.0
 """A delivery that looks for guilty rows for longer than this hands the rest back, so that what
 it found is settled before the watchdog takes the search for a hang."""
 
+OUTDATED_END_S = 10.0
+"""How long the service may name an end of the stream that lies before what it has confirmed."""
+
 _NEVER_SENT = -1
 
 
@@ -71,6 +74,7 @@ class StorageSink:
         it ALREADY_EXISTS means our own rows; above it, rows that nobody here knows of."""
         self._finalized = False
         self._possibly_repeated = 0
+        self._behind_since: float | None = None
 
     def resume(self, epoch: str) -> int:
         """Take up the journal; see :class:`forwarder.sink.JournalledSink`."""
@@ -187,7 +191,20 @@ class StorageSink:
             _keep([*again, *todo], journal, delivery)
             self._sent_through = max(self._sent_through, done[-1].cut.offset)
         else:
+            if refusal.code == "OUT_OF_RANGE" and self._may_be_outdated():
+                raise FaultError(Fault(FaultKind.TRANSIENT, f"append: {refusal.details}"))
             self._finalize(journal, delivery, f"{refusal.code}: {refusal.details}")
+
+    def _may_be_outdated(self) -> bool:
+        """Return whether the end of the stream that the service names may be an old one.
+
+        Right after a reconnection it can take the service some seconds to know the real one
+        (googleapis/java-bigquerystorage, testStreamReconnect).
+        """
+        now = time.monotonic()
+        if self._behind_since is None:
+            self._behind_since = now
+        return now - self._behind_since < OUTDATED_END_S
 
     def _send(self, stream: str, todo: deque[Append], done: list[Append]) -> Refusal | None:
         """Send what is in ``todo``; move what is confirmed to ``done``; return what stops it."""
@@ -203,8 +220,9 @@ class StorageSink:
                     calls.drain()
                     return refusal
                 done.append(todo.popleft())
+                self._behind_since = None
         except CallError as error:
-            refusal = refusal_of_status(error.code, error.details)
+            refusal = refusal_of_status(error.code, error.details, error.kind)
             # A stream that is not there has taken nothing of this call.
             if refusal.meaning is not Meaning.STREAM:
                 self._answers_lost(calls.unanswered)
@@ -280,6 +298,7 @@ class StorageSink:
             )
         journal.stream, journal.next_offset = name, 0
         journal.cuts.clear()
+        self._behind_since = None
         self._sent_through = _NEVER_SENT
         self._finalized = False
         self._possibly_repeated = 0

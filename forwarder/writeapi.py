@@ -20,6 +20,8 @@ from google.cloud.bigquery_storage_v1.services.big_query_write import BigQueryWr
 from google.cloud.bigquery_storage_v1.services.big_query_write.transports import (
     BigQueryWriteGrpcTransport,
 )
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from forwarder.bqservice import FaultError
 from forwarder.faults import CREDENTIALS_REMEDY
@@ -37,6 +39,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 )
+STATUS_DETAILS = "grpc-status-details-bin"
+"""Where a call's status carries a google.rpc.Status with more than code and words."""
+
 SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryWrite"
 
 AppendRowsResponse = types.AppendRowsResponse.pb()
@@ -59,12 +64,14 @@ class CallError(Exception):
     Attributes:
         code: The gRPC status by name.
         details: The service's words.
+        kind: The name of the StorageError's code, if the status carries one.
     """
 
-    def __init__(self, code: str, details: str) -> None:
+    def __init__(self, code: str, details: str, kind: str = "") -> None:
         super().__init__(f"{code}: {details}")
         self.code = code
         self.details = details
+        self.kind = kind
 
 
 class WriteApi:
@@ -239,7 +246,12 @@ class Appender:
 
 
 def _call_error(error: grpc.RpcError) -> CallError:
-    return CallError(error.code().name, error.details() or "")
+    kind = ""
+    for key, value in error.trailing_metadata() or ():
+        if key == STATUS_DETAILS and isinstance(value, bytes):
+            with contextlib.suppress(DecodeError):
+                kind = storage_error(status_pb2.Status.FromString(value))
+    return CallError(error.code().name, error.details() or "", kind)
 
 
 def code_name(code: int) -> str:

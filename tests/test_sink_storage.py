@@ -11,6 +11,7 @@ import pytest
 
 import forwarder.appendcalls
 import forwarder.appends
+import forwarder.storage
 from forwarder.bigquery import InsertAllSink
 from forwarder.defaultstream import DefaultStreamSink
 from forwarder.drain import Drain
@@ -196,6 +197,26 @@ def test_rows_of_a_stranger_in_the_stream_are_not_taken_for_ours(bench: Bench) -
         delivered(sink, rows[10:])
     assert Counter(bench.seqs()) == Counter(range(1, 31)), "nothing lost, nothing twice"
     assert bench.possibly_repeated() == 6, "what is behind the offset may have been these"
+
+
+def test_an_outdated_end_of_the_stream_is_waited_for(bench: Bench) -> None:
+    """Right after a reconnection the service may not know yet what it has confirmed."""
+    rows = readings(30)
+    with bench.sink() as sink:
+        delivered(sink, rows[:10])
+        bench.settle(10)
+        stream = bench.api.streams.stream(*bench.api.streams.names)
+        stream.row_count = 4
+        for _ in range(2):
+            delivery = sink.deliver(rows[10:])
+            assert delivery.retry == rows[10:]
+            assert delivery.fault is not None
+            assert delivery.fault.kind is FaultKind.TRANSIENT
+            assert "expected offset 4" in delivery.fault.problem
+        stream.row_count = 10
+        delivered(sink, rows[10:])
+    assert bench.seqs() == list(range(1, 31))
+    assert len(bench.api.streams.names) == 1
 
 
 def test_a_stream_that_was_finalized_is_replaced_without_loss_or_repetition(bench: Bench) -> None:
@@ -578,7 +599,10 @@ def test_to_insert_all_and_back_repeats_at_most_what_was_on_its_way(bench: Bench
     assert max(times.values()) == 2
 
 
-def test_to_insert_all_and_back_when_the_interrupted_append_never_arrived(bench: Bench) -> None:
+def test_to_insert_all_and_back_when_the_interrupted_append_never_arrived(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.storage, "OUTDATED_END_S", 0.0)
     rows = readings(60)
     with bench.sink() as sink:
         delivered(sink, rows[:5])
