@@ -17,7 +17,7 @@ from spool import Cut, DeadLetter, Reading
 
 REQUEST_MAX_ROWS = 2_000
 REQUEST_MAX_BYTES = 4_000_000
-"""So that one row of the largest size may come on top."""
+"""A request above this has one row."""
 
 ROW_MAX_BYTES = 7_900_000
 """A row above this has no room in a request; such readings take MAX_PAYLOAD_BYTES near 8 MiB."""

@@ -193,3 +193,22 @@ def test_a_forgotten_stream_repeats_at_most_one_window_and_counts_it(dice: rando
         assert len(received) - 3_000 == there == counted
         assert "may be in the table twice" in rig.programs[FORWARDER].log_text
         dice.random()
+
+
+@pytest.mark.parametrize("other", ["insert_all", "storage_default"])
+def test_switching_the_method_with_a_backlog_and_back_loses_and_repeats_nothing(other: str) -> None:
+    """Between clean stops nothing is on its way, so nothing repeats."""
+    with make_rig() as rig:
+        rig.start(COLLECTOR)
+        forwarder = rig.programs[FORWARDER]
+        for method in ("storage", other, "storage"):
+            rig.publish(1_000)
+            rig.wait_until_spooled()
+            forwarder.environment["BIGQUERY_WRITE_METHOD"] = method
+            forwarder.start()
+            rig.wait_until_delivered()
+            assert forwarder.stop()[0] == 0
+        received = rig.cloud.received("bigquery")
+        assert_all_received(rig.publisher.samples, received)
+        assert len(received) == len(rig.publisher.samples) == 3_000
+        assert len(rig.cloud.write_api.streams.names) == 1
