@@ -46,7 +46,6 @@ SESSION_FLAPS_SUSPICIOUS = 3
 LOOP = "network"
 
 _REFUSALS = {
-    "Unsupported protocol version": "the broker does not speak MQTT 3.1.1",
     "Client identifier not valid": "set another MQTT_CLIENT_ID",
     "Bad user name or password": "check MQTT_USERNAME and the file MQTT_PASSWORD_FILE",
     "Not authorized": "check MQTT_USERNAME, MQTT_PASSWORD_FILE and the broker's access list",
@@ -60,6 +59,7 @@ class _Connection:
     generation: int
     began: float
     accepted: bool = False
+    garbled: bool = False
     subscribing: dict[int, tuple[str, ...]] = field(default_factory=dict)
     problem: str = ""
 
@@ -214,7 +214,9 @@ class BrokerSession:
         """Read while something comes and there is room; return whether more may be waiting."""
         for _ in range(READS_PER_TURN):
             before = self._client.reads
-            if self._client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            result = self._client.loop_read()
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                self._connection.garbled = result == MQTTErrorCode.MQTT_ERR_PROTOCOL
                 return False
             if self._client.reads == before:
                 return False
@@ -281,7 +283,16 @@ class BrokerSession:
         reasons: list[ReasonCode],
         _properties: object,
     ) -> None:
-        filters = self._connection.subscribing.pop(mid, ())
+        filters = self._connection.subscribing.pop(mid, None)
+        if filters is None:
+            return  # nothing was asked for by this identifier, or it was granted before
+        if len(reasons) != len(filters):
+            self._connection.problem = (
+                f"the broker answers {len(reasons)} of {len(filters)} subscriptions; it is taken "
+                "for a refusal (MQTT 3.1.1, section 3.9.3)"
+            )
+            client.disconnect()
+            return
         refused = [f for f, r in zip(filters, reasons, strict=False) if r.value >= SUBSCRIBE_FAILED]
         if refused:
             self._connection.problem = (
@@ -314,6 +325,14 @@ class BrokerSession:
                 else ""
             )
             self._connection.problem = f"{reason}{hint}"
+        elif not self._connection.problem and self._connection.garbled:
+            # The library calls it a protocol error, and not a refusal, if CONNACK says that the
+            # version is not supported (3.1.1, section 3.2.2.3, code 1).
+            s = self._settings
+            self._connection.problem = (
+                f"what answers at {s.mqtt_broker}:{s.mqtt_port} does not speak MQTT 3.1.1; check "
+                "MQTT_BROKER, MQTT_PORT and whether it expects TLS (MQTT_TLS_CA_FILE)"
+            )
         elif not self._connection.problem:
             self._connection.problem = "the broker closed the connection without an answer"
 

@@ -104,6 +104,10 @@ class PacketReader:
                     break
                 return end
             if command & 0xF0 != PUBLISH:
+                if length > self._buffered_max:
+                    # Refused also where it is all there: how TCP cuts a stream decides nothing.
+                    self._refuse_long(command, length)
+                    break
                 others.append(Packet(command, data[body:stop]))
             else:
                 message = self._publish(data, command, body, stop, stop)
@@ -140,7 +144,7 @@ class PacketReader:
         """Report an oversized PUBLISH by its first part and skip the rest, if enough is there."""
         command = data[position]
         if command & 0xF0 != PUBLISH:
-            self.malformed = f"a packet of type {command >> 4} announces {stop - body} bytes"
+            self._refuse_long(command, stop - body)
             return False
         if len(data) - body < self._head_bytes(stop - body):
             return False
@@ -150,6 +154,9 @@ class PacketReader:
         messages.append(message._replace(payload=message.payload[:KEPT_OF_OVERSIZED_BYTES]))
         self._skip = stop - len(data)
         return True
+
+    def _refuse_long(self, command: int, length: int) -> None:
+        self.malformed = f"a packet of type {command >> 4} announces {length} bytes"
 
     def _publish(
         self, data: bytes, command: int, body: int, stop: int, whole: int

@@ -24,6 +24,7 @@ from spool import (
     Level,
     NewReading,
     Rejection,
+    Salvage,
     SpoolError,
     SpoolWriter,
     event_id,
@@ -153,15 +154,27 @@ class Store:
                 return False
             for generation, acks in group.acks:
                 self._acknowledge(generation, acks)
-        while self._meta:
-            self._writer.set_meta(*self._meta.popitem())
-        self._salvage()
         try:
+            # First of all the pruning: on a full disk it makes the room that the others need.
             self._house.turn(self._writer)
+            self._store_meta()
+            self._salvage()
         except DiskFullError as error:
             self._reopen_after(error)
+            self._take_up_salvage()
+            # Not again at once: what waits for room looks for it each IDLE_WAIT_S.
+            self._house.more = False
         self._notices.flush()
         return True
+
+    def _store_meta(self) -> None:
+        while self._meta:
+            key, value = self._meta.popitem()
+            try:
+                self._writer.set_meta(key, value)
+            except DiskFullError:
+                self._meta.setdefault(key, value)  # unless there is a newer one by now
+                raise
 
     def _group(self, taken: Sequence[Delivered]) -> _Group:
         """Sort the messages into readings, duplicates and rejections."""
@@ -299,3 +312,17 @@ class Store:
         self._writer.append(new, (), Counter(salvaged=len(new)), meta=position)
         if salvage.done:
             self._house.end_salvage()
+
+    def _take_up_salvage(self) -> None:
+        """After a step that is not durable, go on where the spool says that it stands."""
+        salvage = self._house.salvage
+        if salvage is None:
+            return
+        position = self._writer.meta(SALVAGE_KEY)
+        if position == salvage.position():
+            return
+        salvage.close()
+        self._house.salvage = Salvage.resumed(position)
+        self._window = DedupWindow(
+            self._window_size, self._writer.tail_event_ids(self._window_size)
+        )
