@@ -225,6 +225,7 @@ class Storage:
         self.sink.close()
         self.fake.stop()
         self.tables.stop()
+        assert self.fake.violations == []
         self.state.close()
         self.directory.cleanup()
 

@@ -82,6 +82,7 @@ class Bench:
         self.state.close()
         self.api.stop()
         self.tables.stop()
+        assert self.api.violations == []
 
 
 @pytest.fixture

@@ -221,8 +221,6 @@ def _judge_bytes(value: object) -> str:
 def numeric_problem(value: object) -> str:
     """Return why a NUMERIC column does not take a value; empty if it does."""
     try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise InvalidOperation
         _, digits, exponent = Decimal(str(value)).as_tuple()
     except InvalidOperation:
         return f"Invalid NUMERIC value: {value}"

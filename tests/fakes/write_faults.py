@@ -125,11 +125,6 @@ class WriteFaults(FaultPlan):
         """Serve the next `times` requests as usual; what is planned after it is for later ones."""
         self.add(Skip(), times, calls)
 
-    def take(self, call: str) -> object | None:
-        """Return the fault that the request of this call shall meet, if any."""
-        fault = super().take(call)
-        return None if isinstance(fault, Skip) else fault
-
     def clear(self) -> None:
         """Forget every fault, the poison and the hooks too, and let go of what hangs."""
         self.poison = None

@@ -7,7 +7,7 @@ from google.cloud.bigquery_storage_v1 import types
 from google.rpc import code_pb2, status_pb2  # type: ignore[import-untyped]
 
 from tests.fakes.tables import Table
-from tests.fakes.write_streams import StreamError, WriteStream, is_default
+from tests.fakes.write_streams import StreamError, WriteStream
 
 AppendRowsRequest = types.AppendRowsRequest.pb()
 AppendRowsResponse = types.AppendRowsResponse.pb()
@@ -48,8 +48,7 @@ def stream_message(stream: WriteStream, *, full: bool) -> Any:  # noqa: ANN401 -
     shown = WriteStreamMessage(name=stream.name, type_=WriteStreamMessage.COMMITTED)
     shown.write_mode = WriteStreamMessage.INSERT
     shown.create_time.FromMilliseconds(stream.created_ms)
-    if not is_default(stream.name):
-        shown.commit_time.CopyFrom(shown.create_time)
+    shown.commit_time.CopyFrom(shown.create_time)
     if full:
         shown.table_schema.CopyFrom(schema_message(stream.table))
     return shown

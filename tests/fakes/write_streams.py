@@ -172,10 +172,11 @@ class WriteStreams:
             return end
 
     def claim(self, name: str, connection: int) -> bool:
-        """Note that a connection appends to a stream; return whether a newer one already has."""
+        """Note that a connection appends to a stream; return whether a newer one already has.
+
+        Default streams, which several may append to, keep no such books.
+        """
         with self._lock:
-            if is_default(name):
-                return False
             writers = self.stream(name).writers
             if connection not in writers:
                 writers.append(connection)

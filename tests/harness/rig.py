@@ -187,6 +187,7 @@ class Rig:
                 assert_once(received)
             assert_in_order(received, by=order_by)
         assert self.cloud.pubsub.violations == []
+        assert self.cloud.write_api.violations == []
 
     def logs(self) -> Iterator[tuple[str, str]]:
         """Yield a name and the last words of everything that has a log."""
