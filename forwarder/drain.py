@@ -10,8 +10,10 @@ import logging
 import random
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
@@ -39,10 +41,13 @@ log = logging.getLogger("forwarder")
 
 POLL_BUSY_S = 0.005
 POLL_IDLE_S = 0.018
-"""New rows are noticed within 20 ms; sooner while there is traffic."""
+"""New rows are noticed within 20 ms; sooner while there is traffic, or where they are announced."""
 
 BUSY_FOR_S = 1.0
 """How long after the last row the traffic counts as going on."""
+
+POLL_ANNOUNCED_S = 0.5
+"""How often to look although new rows are announced: an announcement is only a hint."""
 
 SPOOL_CHECK_S = 1.0
 """How often to look whether the spool was replaced by a new one, or has appeared."""
@@ -50,6 +55,8 @@ SPOOL_CHECK_S = 1.0
 DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
+
+_seq_of = itemgetter(0)
 
 
 @dataclass
@@ -67,11 +74,14 @@ class _Batch:
         done = seq - 1
         dead = [d for d in self.dead if d.row[0] <= done]
         gaps = [g for g in self.gaps if g.last_seq <= done]
-        passed = sum(1 for row in self.rows if self.settled_seq < row[0] <= done)
+        passed = self._rows_through(done) - self._rows_through(self.settled_seq)
         self.dead = [d for d in self.dead if d.row[0] > done]
         self.gaps = [g for g in self.gaps if g.last_seq > done]
         self.settled_seq = done
         return Settlement(epoch, done, passed - len(dead), dead, gaps)
+
+    def _rows_through(self, seq: int) -> int:
+        return bisect_right(self.rows, seq, key=_seq_of)
 
 
 def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> list[Gap]:
@@ -145,6 +155,7 @@ class Drain:
         self._position = 0
         self._resume_through = 0
         self._status = ("", "")
+        self._deaf = ""
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
     def run(self) -> None:
@@ -181,13 +192,19 @@ class Drain:
                 continue
             if reader.changed() and self._drain_available(reader):
                 last_row_at = self._clock()
-            busy = self._clock() - last_row_at < BUSY_FOR_S
-            self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
+                # Rows that come close together go together.
+                self._stop.wait(POLL_BUSY_S)
+            elif reader.listening:
+                self._stop.wait(POLL_ANNOUNCED_S, reader)
+            else:
+                busy = self._clock() - last_row_at < BUSY_FOR_S
+                self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
 
     def _check_spool(self) -> None:
         """Open the spool once it is there, and again when another took its place."""
         if self._reader is not None:
             if not self._reader.replaced():
+                self._listen(self._reader)
                 return
             self._reader.close()
             self._reader = None
@@ -197,6 +214,7 @@ class Drain:
             log.info("waiting for the spool: %s", error)
             return
         self._reader = reader
+        self._listen(reader)
         known = self._state.known_epoch()
         if known and known != reader.epoch:
             log.warning(
@@ -209,6 +227,16 @@ class Drain:
         if isinstance(self._sink, JournalledSink):
             self._resume_through = self._sink.resume(reader.epoch)
         log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
+
+    def _listen(self, reader: SpoolReader) -> None:
+        """Have new rows announced; where that cannot be, say so once, and look often."""
+        deaf = reader.listen()
+        if deaf != self._deaf:
+            self._deaf = deaf
+            if deaf:
+                log.warning("new rows are not announced, so they are looked for: %s", deaf)
+            else:
+                log.info("new rows are announced again")
 
     def _skip_other_environment(self, reader: SpoolReader) -> None:
         """Pass over what is kept of another APP_ENV.
@@ -271,17 +299,11 @@ class Drain:
         batch.gaps = find_gaps(self._position, rows, reader.dropped_through())
         self._note_gaps(batch.gaps)
         todo: list[Reading] = []
+        damaged: list[Reading] = []
         for row in rows:
-            if intact(row):
-                todo.append(row)
-            else:
-                batch.dead.append(
-                    DeadLetter(
-                        presentable(row),
-                        "corrupt_row",
-                        "the row's checksum is wrong: its bits changed",
-                    )
-                )
+            (todo if intact(row) else damaged).append(row)
+        detail = "the row's checksum is wrong: its bits changed"
+        batch.dead += [DeadLetter(presentable(row), "corrupt_row", detail) for row in damaged]
         self._log_dead(batch.dead)
         failures = 0
         while True:

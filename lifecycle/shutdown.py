@@ -7,12 +7,20 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that this process gets when its parent dies."""
 
 STOP_GRACE_S = 8.0
 """Within 10 s of SIGTERM a program has ended, whatever it waits for."""
+
+
+class HasFileno(Protocol):
+    """What can be waited on."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
 
 
 class StopRequest:
@@ -104,15 +112,21 @@ class StopRequest:
         except BlockingIOError:
             return  # all read
 
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep until a wake-up or for ``timeout_s``; return whether to stop."""
-        self.sleep(0.0 if self.requested else max(0.0, timeout_s))
+    def wait(self, timeout_s: float, also: "HasFileno | None" = None) -> bool:
+        """Sleep until a wake-up or for ``timeout_s``; return whether to stop.
+
+        Args:
+            timeout_s: How long at most.
+            also: Ends the wait as well, once it is readable. It is not read from.
+        """
+        self.sleep(0.0 if self.requested else max(0.0, timeout_s), also)
         return self.requested
 
-    def sleep(self, timeout_s: float) -> None:
+    def sleep(self, timeout_s: float, also: "HasFileno | None" = None) -> None:
         """Sleep until a wake-up or for ``timeout_s``, even where the stop was asked for."""
+        waited_for = [self._receiver] if also is None else [self._receiver, also]
         # Reading when there is nothing raises, which would be most of what an idle poll costs.
-        if select.select([self._receiver], [], [], timeout_s)[0]:
+        if self._receiver in select.select(waited_for, [], [], timeout_s)[0]:
             self.drain()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from spool.bell import Listener
 from spool.connection import format_version, open_reader
 from spool.errors import (
     CorruptFileError,
@@ -31,6 +32,7 @@ class SpoolReader:
         self.path = path
         self._inode = path.stat().st_ino
         self._data_version = -1
+        self._listener: Listener | None = None
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
 
@@ -67,10 +69,47 @@ class SpoolReader:
 
     def close(self) -> None:
         """Close."""
+        self._stop_listening()
         self._conn.close()
 
+    def listen(self) -> str:
+        """Have the kernel tell of new rows from here on; return why it cannot, empty if it does.
+
+        Then :meth:`fileno` is readable once there are some. Call it again from time to time: the
+        bell may have been replaced. Rows of before are not announced; look after this.
+        """
+        if self._listener is not None and not self._listener.replaced():
+            return ""
+        self._stop_listening()
+        try:
+            self._listener = Listener.open(self.path.parent)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    @property
+    def listening(self) -> bool:
+        """Whether new rows are announced."""
+        return self._listener is not None
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on while :attr:`listening`."""
+        if self._listener is None:
+            raise ValueError("nothing is listened to")
+        return self._listener.fileno()
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
     def changed(self) -> bool:
-        """Return whether somebody has committed since the last call; cheap enough to poll."""
+        """Return whether somebody has committed since the last call; cheap enough to poll.
+
+        What is announced after this call began can be waited for.
+        """
+        if self._listener is not None:
+            self._listener.forget()
         try:
             (version,) = self._conn.execute("PRAGMA data_version").fetchone()
         except sqlite3.Error as error:

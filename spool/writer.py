@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spool.bell import Bell
 from spool.connection import format_version, open_owner
 from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
@@ -61,8 +62,11 @@ class SpoolWriter:
     before relying on anything.
     """
 
-    def __init__(self, conn: sqlite3.Connection, path: Path, *, created: bool) -> None:
+    def __init__(
+        self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool
+    ) -> None:
         self._conn = conn
+        self._bell = bell
         self.path = path
         self.created = created
         """Whether this opening made the file (and its epoch)."""
@@ -80,7 +84,13 @@ class SpoolWriter:
             NewerFormatError: A newer release wrote it.
         """
         path = spool_path(directory)
-        conn = open_owner(path)
+        # Before the database: whoever can read a row can also listen.
+        bell = _open_bell(directory)
+        try:
+            conn = open_owner(path)
+        except BaseException:
+            bell.close()
+            raise
         try:
             version = format_version(conn, path)
             if version > SPOOL_FORMAT:
@@ -90,16 +100,19 @@ class SpoolWriter:
                 )
             if version < SPOOL_FORMAT:
                 _migrate(conn, path)
-            return cls(conn, path, created=version == 0)
+            return cls(conn, path, bell, created=version == 0)
         except sqlite3.Error as error:
             conn.close()
+            bell.close()
             raise translated(error, "open", path) from error
         except BaseException:
             conn.close()
+            bell.close()
             raise
 
     def close(self) -> None:
         """Close without raising; what was committed stays."""
+        self._bell.close()
         try:
             self._conn.close()
         except sqlite3.Error:
@@ -160,6 +173,8 @@ class SpoolWriter:
             conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
+        if readings:
+            self._bell.ring()
 
     def write_progress(self, progress: "Iterable[SinkProgress]") -> None:
         """Store a snapshot of the sinks' positions."""
@@ -296,6 +311,14 @@ class SpoolWriter:
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error as error:
             raise translated(error, "checkpoint", self.path) from error
+
+
+def _open_bell(directory: Path) -> Bell:
+    try:
+        return Bell.open(directory)
+    except OSError as error:
+        fault = sqlite3.OperationalError(str(error))
+        raise translated(fault, "open the bell", directory) from error
 
 
 def _migrate(conn: sqlite3.Connection, path: Path) -> None:
