@@ -1,0 +1,1 @@
+"""Tries to break the promise: power cuts, kills, faults of storage, cloud and broker."""

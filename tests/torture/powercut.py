@@ -1,0 +1,199 @@
+"""The power-cut suite: record a run, cut the power anywhere in it, see whether the promise holds.
+
+``python -m tests.torture.powercut --images N --seed S`` runs it and prints the report.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.torture.broken import MUTATIONS, OFTEN
+from tests.torture.images import Disk
+from tests.torture.recording import Recording, record
+from tests.torture.revival import revive
+from tests.torture.syscalls import Kind
+from tests.torture.verdict import Violation, judge
+from tests.torture.witness import acknowledged
+
+DATABASES = ("spool.db", "pubsub.db", "bigquery.db")
+MESSAGES = 1_600
+IMAGES_A_RECORDING = 500
+IMAGES_A_REVIVAL = 30
+"""One in so many images is given to the real processes, too."""
+
+_SHOWN = 20
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, for files of a second
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run has shown.
+
+    Attributes:
+        seed: Runs it again.
+        images: How many were opened.
+        revived: How many of them were given to the real processes.
+        messages: How many were published for them.
+        acked: How many PUBACKs were seen for them.
+        writes: By the file: how many writes their recordings have.
+        cuts: By the kind of what came last before the cut: how many.
+        violations: Of each image that broke a rule: its number and what it broke.
+        kept: Where the files of those images are.
+        seconds: How long it took.
+    """
+
+    seed: int
+    images: int = 0
+    revived: int = 0
+    messages: int = 0
+    acked: int = 0
+    writes: Counter[str] = field(default_factory=Counter)
+    cuts: Counter[str] = field(default_factory=Counter)
+    violations: list[tuple[int, Violation]] = field(default_factory=list)
+    kept: Path | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the report as text."""
+        tried = f"{self.images} images of runs with {self.messages} messages"
+        ended = f"{self.revived} run to their end by the real processes"
+        result = f"{len(self.violations)} violations, {self.seconds:.0f} s"
+        lines = [
+            f"power cuts: seed {self.seed}: {tried}, {ended}, {result}",
+            f"{self.acked} PUBACKs; writes: {dict(self.writes.most_common())}",
+            f"cut after: {dict(self.cuts.most_common())}",
+        ]
+        if self.kept is not None:
+            lines.append(f"the images that broke a rule are in {self.kept}")
+        lines += [f"image {n}: {v.wrong.name}: {v.detail}" for n, v in self.violations[:_SHOWN]]
+        return "\n".join(lines)
+
+
+def run(images: int, seed: int) -> Report:
+    """Try ``images`` images of recordings of the product as it is.
+
+    Args:
+        images: How many, in all.
+        seed: Decides what is cut, kept, torn and killed; not the timing of a recording, which
+            is why images that break a rule are kept.
+
+    Raises:
+        NoStraceError: strace is missing or may not trace.
+    """
+    report = Report(seed)
+    # Even, so that both ways are tried: the product as it is, and with many checkpoints.
+    recordings = 2 * math.ceil(images / (2 * IMAGES_A_RECORDING))
+    for number in range(recordings):
+        chance = random.Random(f"{seed} {number}")  # noqa: S311 - no secret
+        wanted = math.ceil((images - report.images) / (recordings - number))
+        try_recording(report, wanted, chance, change=OFTEN if number % 2 else "")
+    return report
+
+
+def try_recording(
+    report: Report,
+    images: int,
+    chance: random.Random,
+    *,
+    messages: int = MESSAGES,
+    change: str = "",
+) -> None:
+    """Make one recording and try ``images`` of it; add what comes of it to ``report``.
+
+    Args:
+        report: Added to.
+        images: How many.
+        chance: Decides everything that is left to chance.
+        messages: How many are published.
+        change: One of :mod:`tests.torture.broken`: of a mutation nothing is killed, and no image
+            revived or kept.
+    """
+    began = time.monotonic()
+    mutated = change in MUTATIONS
+    with tempfile.TemporaryDirectory(prefix="sluice-cut-") as scratch:
+        recording = record(Path(scratch), messages, chance, change=change, calm=mutated)
+    report.messages += len(recording.packets)
+    report.acked += sum(1 for _ in acknowledged(recording.events))
+    written = (Path(e.path).name for e in recording.events if e.kind is Kind.WRITE)
+    report.writes += Counter(name for name in written if name.startswith(DATABASES))
+    disk = Disk(recording.directory, DATABASES)
+    done = 0
+    for cut in _cuts(recording, images, chance):
+        while done < cut:
+            disk.apply(recording.events[done])
+            done += 1
+        last = recording.events[cut - 1]
+        report.cuts[last.kind.value] += 1
+        truth = recording.witness.truth(last.at)
+        files = disk.cut(chance)
+        with _image(files) as directory:
+            found = judge(directory, truth)
+        if not mutated and report.images % IMAGES_A_REVIVAL == IMAGES_A_REVIVAL // 2:
+            found += revive(files, truth, recording)
+            report.revived += 1
+        if found and not mutated:
+            _keep(report, files)
+        report.violations += [(report.images, violation) for violation in found]
+        report.images += 1
+    report.seconds += time.monotonic() - began
+
+
+def _cuts(recording: Recording, images: int, chance: random.Random) -> Sequence[int]:
+    """Return after how many events to cut, rising: anywhere, and as often where it matters.
+
+    That is right behind what was said to the broker, and right before a sync has ended.
+    """
+    events = recording.events
+    delicate = [n + 1 for n, event in enumerate(events) if event.kind is Kind.SEND]
+    delicate += [n for n, event in enumerate(events) if event.kind is Kind.SYNC_ENDS and n]
+    return sorted(
+        chance.choice(delicate) if chance.random() < 0.5 else chance.randint(1, len(events))
+        for _ in range(images)
+    )
+
+
+@contextmanager
+def _image(files: dict[str, bytes]) -> Iterator[Path]:
+    """Give out a directory with the files; in memory, where opening them costs no syncs."""
+    where = _MEMORY if _MEMORY.is_dir() else None
+    directory = Path(tempfile.mkdtemp(prefix="sluice-image-", dir=where))
+    try:
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _keep(report: Report, files: dict[str, bytes]) -> None:
+    """Put an image aside: a recording's timing is never the same again, seed or not."""
+    if report.kept is None:
+        report.kept = Path(tempfile.mkdtemp(prefix="sluice-failed-images-"))
+    directory = report.kept / f"image-{report.images}"
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def main() -> int:
+    """Run it as the command line says; return whether something was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=IMAGES_A_RECORDING)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))  # noqa: S311 - no secret
+    arguments = parser.parse_args()
+    report = run(arguments.images, arguments.seed)
+    sys.stdout.write(f"{report}\n")
+    return 1 if report.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

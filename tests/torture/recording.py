@@ -1,0 +1,242 @@
+"""One run of the real system under strace, with everything that is needed to judge its images."""
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.fakes.rows import Row
+from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Load, Packet, Program, Rig, wait_until
+from tests.harness.cloud import TABLE_REF, TOPIC_PATH
+from tests.torture import syscalls
+from tests.torture.syscalls import Event
+from tests.torture.witness import Arrival, Witness
+
+RATE = 250
+RETENTION_HOURS = "0.0003"
+"""A second: so that pruning is part of what is recorded."""
+
+SLOW_S = 2.5
+"""How long BigQuery leaves appends unanswered that it has taken, for a while."""
+
+_LATENCY_TOLERANCE_S = 0.25
+"""The latency counts from the request's coming, which is earlier than when it is noted."""
+
+_GARBAGE_EVERY = 40
+_REPEAT_EVERY = 25
+_CLOCK_TOLERANCE_S = 0.000_2
+_CLOCK_READS = 20
+_STRACE_TIMEOUT_S = 20.0
+_LOAD_TIMEOUT_S = 60.0
+_DRAIN_TIMEOUT_S = 45.0
+_TAIL_BYTES = 4_096
+_BROKEN = "tests.torture.broken"
+
+
+class NoStraceError(Exception):
+    """System calls cannot be logged here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What was recorded."""
+
+    directory: str
+    """SPOOL_DIR."""
+    events: Sequence[Event]
+    witness: Witness
+    packets: Sequence[Packet]
+    """What the broker took, in order, repetitions and garbage among it."""
+    rows: Sequence[Row]
+    """What BigQuery took, in order."""
+    streams: Sequence[str]
+    """The write streams that were made, in order."""
+
+
+def record(
+    scratch: Path, messages: int, chance: random.Random, *, change: str = "", calm: bool = False
+) -> Recording:
+    """Run the system over ``messages`` messages until all is delivered.
+
+    Args:
+        scratch: Where the logs go; tens of kilobytes a message.
+        messages: How many.
+        chance: Decides when something is killed.
+        change: One of :mod:`tests.torture.broken`; empty for the product as it is.
+        calm: Whether nothing is killed on the way, nor waited for in the end: a broken build may
+            never deliver all.
+
+    Raises:
+        NoStraceError: strace is missing or may not trace.
+    """
+    logs = {name: scratch / f"{name}.strace" for name in PROGRAMS}
+    with _rig(logs, change) as rig:
+        recorder = _Recorder(rig, logs)
+        offset_s = _clock_offset_s()
+        recorder.run(messages, chance, calm=calm)
+        if abs(_clock_offset_s() - offset_s) > _CLOCK_TOLERANCE_S:
+            # The service's times and strace's would not compare.
+            return record(scratch, messages, chance, change=change, calm=calm)
+        arrivals = {
+            "pubsub": list(_published(rig, offset_s)),
+            "bigquery": list(recorder.appends()),
+        }
+        events = syscalls.merged(logs.values())
+        return Recording(
+            str(rig.spool_dir),
+            events,
+            Witness(events, arrivals),
+            rig.publisher.acknowledged,
+            rig.cloud.bigquery.rows(TABLE_REF),
+            rig.cloud.write_api.streams.names,
+        )
+
+
+def _clock_offset_s() -> float:
+    """Return how far the clock of strace is ahead of the one that Pub/Sub's fake goes by."""
+    # Of several, the one that was interrupted the least.
+    return min(time.time() - time.monotonic() for _ in range(_CLOCK_READS))
+
+
+@contextmanager
+def _rig(logs: dict[str, Path], change: str) -> Iterator[Rig]:
+    binary = shutil.which("strace")
+    if binary is None:
+        raise NoStraceError("strace is not installed: apt-get install strace")
+    trial = subprocess.run(
+        [binary, "-f", "--seccomp-bpf", "-A", "-o", "/dev/null", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if trial.returncode:
+        raise NoStraceError(f"strace may not trace here: {trial.stderr}")
+    for log in logs.values():
+        log.unlink(missing_ok=True)
+    with Rig(SPOOL_RETENTION_HOURS=RETENTION_HOURS) as rig:
+        modules = {COLLECTOR: ["collector"]}
+        modules |= {name: ["forwarder", name.removeprefix("forwarder-")] for name in FORWARDERS}
+        for name, arguments in modules.items():
+            python = [sys.executable, "-m", *([_BROKEN, change] if change else []), *arguments]
+            tracing = syscalls.command(binary, logs[name], sockets=name == COLLECTOR)
+            log = rig.directory / f"{name}.log"
+            rig.programs[name] = Program(name, [*tracing, *python], rig.variables, log)
+        yield rig
+
+
+class _Recorder:
+    """Runs the scenario and notes when BigQuery took what."""
+
+    def __init__(self, rig: Rig, logs: dict[str, Path]) -> None:
+        self._rig = rig
+        self._logs = logs
+        self._append_times: list[tuple[float, float]] = []
+        self._published = 0
+        rig.cloud.write_api.faults.after_append = self._note_append
+
+    def _note_append(self, *_: object) -> None:
+        now, latency_s = time.time(), self._rig.cloud.write_api.latency_s
+        self._append_times.append((now, now + max(0.0, latency_s - _LATENCY_TOLERANCE_S)))
+
+    def run(self, messages: int, chance: random.Random, *, calm: bool) -> None:
+        """Publish and kill; return once all programs have ended."""
+        rig = self._rig
+        rig.start()
+        with Load(rig.publisher, self._packets, RATE).running() as load:
+            _load_to(load, messages // 4)
+            if not calm:
+                self._again(chance.choice([COLLECTOR, FORWARDERS[0]]), signal.SIGKILL)
+            _load_to(load, messages // 2)
+            rig.cloud.write_api.latency_s = SLOW_S
+            if not calm:
+                self._again(FORWARDERS[1], signal.SIGKILL)
+            _load_to(load, load.count + round(SLOW_S * RATE))
+            rig.cloud.write_api.latency_s = 0.0
+            if not calm:
+                self._again(chance.choice([COLLECTOR, FORWARDERS[0]]), signal.SIGTERM)
+            _load_to(load, messages)
+        if not calm:
+            wait_until(lambda: _delivered(rig), _DRAIN_TIMEOUT_S, "all is delivered")
+        for program in rig.programs.values():
+            program.signal(signal.SIGTERM)
+        for name in rig.programs:
+            self._wait_for_end(name)
+
+    def _packets(self, count: int) -> list[Packet]:
+        """Return readings, and now and then one a second time, and garbage."""
+        packets = self._rig.plant.packets(count)
+        for packet in packets[:]:
+            self._published += 1
+            if self._published % _REPEAT_EVERY == 0:
+                packets.append(packet)
+            if self._published % _GARBAGE_EVERY == 0:
+                packets.append(Packet(packet.topic, b"garbage %d" % self._published))
+        return packets
+
+    def _again(self, name: str, ending: signal.Signals) -> None:
+        self._rig.programs[name].signal(ending)
+        self._wait_for_end(name)
+        self._rig.start(name)
+
+    def _wait_for_end(self, name: str) -> None:
+        """Wait until the program is gone, and strace has written the last of it."""
+        program = self._rig.programs[name]
+        program.wait()
+        ended = [str(program.pid), "+++"]
+        wait_until(
+            lambda: any(ended == words[:3:2] for words in _last_lines(self._logs[name])),
+            _STRACE_TIMEOUT_S,
+            f"strace has written the end of {name}",
+        )
+
+    def appends(self) -> Iterator[Arrival]:
+        """Yield what BigQuery took."""
+        cloud = self._rig.cloud
+        readings = [(one.seq, bytes.fromhex(one.event_id)) for one in cloud.received("bigquery")]
+        at = 0
+        confirmed = 0.0
+        for times, append in zip(self._append_times, cloud.write_api.appended, strict=True):
+            end = at + append.rows
+            confirmed = max(confirmed, times[1])  # answers are in order
+            part = readings[at:end]
+            yield Arrival(times[0], confirmed, part, append.stream, append.offset or 0)
+            at = end
+
+
+def _delivered(rig: Rig) -> bool:
+    figures = rig.books.figures()
+    if figures.received < len(rig.publisher.acknowledged):
+        return False
+    return not any(figures.sinks[sink].pending for sink in rig.sinks)
+
+
+def _load_to(load: Load, count: int) -> None:
+    wait_until(lambda: load.count >= count, _LOAD_TIMEOUT_S, f"{count} messages are published")
+
+
+def _last_lines(log: Path) -> list[list[str]]:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode("ascii", "replace").splitlines()
+    return [line.split(maxsplit=3) for line in lines]
+
+
+def _published(rig: Rig, offset_s: float) -> Iterator[Arrival]:
+    messages = rig.cloud.pubsub.messages(TOPIC_PATH)
+    for at, batch in itertools.groupby(messages, key=lambda message: message.published_at):
+        yield Arrival(
+            at + offset_s,
+            at + offset_s,
+            [
+                (int(m.attributes["seq"]), bytes.fromhex(json.loads(m.data)["event_id"]))
+                for m in batch
+            ],
+        )
