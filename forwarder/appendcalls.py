@@ -3,6 +3,7 @@
 Both sinks of the write API use it, the one with offsets and the one on the default stream.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from forwarder.table import Column
 
 IN_FLIGHT_MAX = 4
+SCHEMA_SETTLES_S = 600.0
 
 
 class AppendCalls:
@@ -42,6 +44,7 @@ class AppendCalls:
         self._encoder: RequestEncoder | None = None
         self._outdated = False
         self._appender: Appender | None = None
+        self._changed_at = float("-inf")
         self.unanswered: deque[Append] = deque()
 
     def close(self) -> None:
@@ -72,15 +75,30 @@ class AppendCalls:
             FaultError: The table cannot be read, or does not fit.
         """
         before, self._columns = self._columns, ()
-        columns = self._service.read_columns()
+        try:
+            columns = self._service.read_columns()
+        except FaultError as error:
+            if error.fault.kind is FaultKind.HOLD:
+                self._changed_at = time.monotonic()
+            raise
         self._outdated = False
         self._columns = columns
         if columns == before:
             return False
+        if before:
+            self._changed_at = time.monotonic()
         # The type of the rows is told once per connection.
         self.disconnect()
         self._encoder = RequestEncoder(columns, self._source)
         return True
+
+    @property
+    def schema_settles(self) -> bool:
+        """Whether the table was changed, or mended, a moment ago.
+
+        The write API learns of it minutes after the table shows it, and refuses rows until then.
+        """
+        return time.monotonic() - self._changed_at < SCHEMA_SETTLES_S
 
     def adapt(self, refusal: Refusal) -> None:
         """After a schema error: look at the table again, and write what it has now.
@@ -172,8 +190,11 @@ class AppendCalls:
         if self._encoder is None:
             raise RuntimeError("send before prepare")
         appender = self._appender
-        # The service closes a connection that was idle for some minutes.
-        if appender is None or appender.stream != stream or appender.ended:
+        # The service closes a connection that was idle for some minutes. While answers are
+        # missing, those that came and the end stand in the old one's queue: a new one's first
+        # answer must not be taken for theirs.
+        idle = not self.unanswered
+        if appender is None or appender.stream != stream or (appender.ended and idle):
             if appender is not None:
                 appender.close()
             appender = self._appender = self._api.open(stream)

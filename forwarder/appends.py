@@ -186,15 +186,8 @@ def refusal_of(answer: Any, cut: Cut | None, *, repeated: bool) -> Refusal | Non
         repeated: Whether the same may have been sent before: only then does ALREADY_EXISTS
             mean that the rows that are there are these.
     """
-    if not answer.HasField("error"):
-        result = answer.append_result
-        if cut is None or not result.HasField("offset") or result.offset.value == cut.offset:
-            return None
-        return Refusal(
-            Meaning.OFFSET,
-            "OK",
-            f"the rows of offset {cut.offset} were put to {result.offset.value}",
-        )
+    if not answer.HasField("error") and not answer.row_errors:
+        return _misplaced(answer, cut)
     status = answer.error
     code = code_name(status.code)
     kind = storage_error(status)
@@ -209,6 +202,20 @@ def refusal_of(answer: Any, cut: Cut | None, *, repeated: bool) -> Refusal | Non
             return None
         return Refusal(Meaning.OFFSET, code, details, expected=expected)
     return refusal_of_status(code, details, kind)
+
+
+def _misplaced(answer: Any, cut: Cut | None) -> Refusal | None:  # noqa: ANN401 - an AppendRowsResponse, which has no type
+    """Return why an answer without an error is no confirmation; None if it is one."""
+    if not answer.HasField("append_result"):
+        return Refusal(Meaning.FAULT, "UNKNOWN", "an answer without a result")
+    result = answer.append_result
+    if cut is None or not result.HasField("offset") or result.offset.value == cut.offset:
+        return None
+    return Refusal(
+        Meaning.OFFSET,
+        "OK",
+        f"the rows of offset {cut.offset} were put to {result.offset.value}",
+    )
 
 
 def refusal_of_status(code: str, details: str, kind: str = "") -> Refusal:

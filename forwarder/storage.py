@@ -36,7 +36,7 @@ from forwarder.bqservice import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.writeapi import CallError
 from lifecycle import Settings, fields
-from spool import AppendJournal, DeadLetter, DiskFullError, Journal, Reading, SinkState
+from spool import AppendJournal, Cut, DeadLetter, DiskFullError, Journal, Reading, SinkState
 
 log = logging.getLogger("forwarder.bigquery")
 
@@ -45,6 +45,9 @@ BATCH_MAX_BYTES = 4 * 1024 * 1024
 GIVE_BACK_AFTER_S = 60.0
 """A delivery that looks for guilty rows for longer than this hands the rest back, so that what
 it found is settled before the watchdog takes the search for a hang."""
+
+NEW_STREAMS_MAX = 2
+"""In one delivery; then the drain loop's backoff comes first."""
 
 OUTDATED_END_S = 10.0
 """How long the service may name an end of the stream that lies before what it has confirmed."""
@@ -80,14 +83,6 @@ class StorageSink:
         """Take up the journal; see :class:`forwarder.sink.JournalledSink`."""
         self._epoch = epoch
         journal = self._load()
-        if journal.cuts and journal.epoch != epoch:
-            log.warning(
-                "the spool is another one than the append journal's: a new stream is begun",
-                extra=fields(stream=journal.stream),
-            )
-            self._possibly_repeated = sum(cut.rows for cut in journal.cuts)
-            journal.cuts.clear()
-            self._finalized = True
         return journal.cuts[-1].last_seq if journal.cuts else 0
 
     def _load(self) -> Journal:
@@ -95,6 +90,17 @@ class StorageSink:
         # Nobody knows which of them the last process had sent.
         self._sent_through = journal.cuts[-1].offset if journal.cuts else _NEVER_SENT
         self._finalized = False
+        self._possibly_repeated = 0
+        if journal.cuts and journal.epoch != self._epoch:
+            log.warning(
+                "the spool is another one than the append journal's: a new stream is begun",
+                extra=fields(stream=journal.stream),
+            )
+            self._possibly_repeated = sum(cut.rows for cut in journal.cuts)
+            # The same numbers are other readings here.
+            journal.cuts.clear()
+            journal.left_out.clear()
+            self._finalized = True
         return journal
 
     def close(self) -> None:
@@ -125,16 +131,21 @@ class StorageSink:
         journal = self._known or self._load()
         self._bury(delivery, journal)
         at_first = len(delivery.retry)
+        begun = 0
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         while delivery.retry:
             self._calls.prepare()
             if not self._finalized and not journal.stream.startswith(f"{self._calls.table}/"):
-                self._finalize(journal, delivery, "it is another table's")
+                self._leave_table(journal, delivery)
             if self._finalized:
                 if len(delivery.retry) < at_first:
                     # First the cursor passes what is confirmed: a new stream's cuts take the
                     # place of those that say so.
                     return
+                if begun == NEW_STREAMS_MAX:
+                    problem = "append: new streams are refused as soon as they are made"
+                    raise FaultError(Fault(FaultKind.TRANSIENT, problem))
+                begun += 1
                 self._begin_stream(journal)
             try:
                 appends = self._plan(journal, delivery.retry)
@@ -144,6 +155,21 @@ class StorageSink:
                 self._append(journal, deque(appends), delivery)
             if delivery.retry and time.monotonic() >= give_back_at:
                 raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
+
+    def _leave_table(self, journal: Journal, delivery: Delivery) -> None:
+        """Give up the stream of the table that the settings named before, if there is one."""
+        if not journal.cuts:
+            self._finalized = True  # nothing was on its way
+            return
+        try:
+            self._finalize(journal, delivery, "it is another table's")
+        except FaultError as error:
+            if error.fault.kind is not FaultKind.HOLD:
+                raise
+            # We need no rights there any more: what was on its way goes to the new table.
+            log.warning("the other table's stream cannot be asked: %s", error.fault)
+            self._possibly_repeated = sum(cut.rows for cut in journal.cuts)
+            self._finalized = True
 
     @staticmethod
     def _bury(delivery: Delivery, journal: Journal) -> None:
@@ -223,7 +249,8 @@ class StorageSink:
                 self._behind_since = None
         except CallError as error:
             refusal = refusal_of_status(error.code, error.details, error.kind)
-            # A stream that is not there has taken nothing of this call.
+            # The service's own status comes behind all answers that it gave: a stream that is
+            # not there has taken nothing of what is unanswered.
             if refusal.meaning is not Meaning.STREAM:
                 self._answers_lost(calls.unanswered)
             return refusal
@@ -246,6 +273,11 @@ class StorageSink:
             # could find its offset free once these have moved.
             self._finalize(journal, delivery, "rows are refused after answers were lost")
             return
+        if len(refusal.rows) >= len(todo[0].rows) and self._calls.schema_settles:
+            problem = (
+                f"append: every row is refused, and the table has changed: {refusal.rows[0][1]}"
+            )
+            raise FaultError(Fault(FaultKind.TRANSIENT, problem))
         letters = leave_out(todo[0], refusal)
         if not letters:
             raise FaultError(
@@ -269,13 +301,13 @@ class StorageSink:
             log.warning("a write stream is given up: %s", why, extra=fields(stream=journal.stream))
             there = self._calls.finalize_stream(journal.stream)
         self._finalized = True
-        confirmed = [cut for cut in journal.cuts if there is not None and cut.end <= there]
+        confirmed = self._confirmed(journal.cuts, delivery.retry, there or 0)
         left = journal.cuts[len(confirmed) :]
         expected = left[0].offset if left else journal.next_offset
         if there is None:
             self._possibly_repeated = sum(c.rows for c in left if c.offset <= self._sent_through)
         elif there != expected:
-            self._possibly_repeated = max(0, there - expected) if left else 0
+            self._possibly_repeated = max(0, there - expected)
             log.error(
                 "the stream has another number of rows than the appends that were confirmed",
                 extra=fields(stream=journal.stream, rows=there, expected=expected),
@@ -284,6 +316,20 @@ class StorageSink:
         if confirmed:
             through = confirmed[-1].last_seq
             delivery.retry = [row for row in delivery.retry if row[0] > through]
+
+    def _confirmed(self, cuts: Sequence[Cut], rows: Sequence[Reading], there: int) -> list[Cut]:
+        """Return the cuts that are in a stream of ``there`` rows."""
+        confirmed = []
+        for cut in cuts:
+            # What was never sent is not what is there (a bigquery.db from an older copy).
+            if cut.end > there or cut.offset > self._sent_through:
+                break
+            # Of more rows than there were (one failed its checksum, and reads well now) nobody
+            # can tell which are there.
+            if sum(1 for row in rows if cut.first_seq <= row[0] <= cut.last_seq) > cut.rows:
+                break
+            confirmed.append(cut)
+        return confirmed
 
     def _begin_stream(self, journal: Journal) -> None:
         """Make a stream, and note it, in the place of one that is finalized or never was."""

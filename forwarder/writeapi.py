@@ -200,16 +200,17 @@ class Appender:
         self._reader.start()
 
     def _read(self) -> None:
+        end = CallError("UNAVAILABLE", "the service ended the connection")
         try:
             for answer in self._call:
                 self._answers.put(answer)
-            end = CallError("UNAVAILABLE", "the service ended the connection")
         except grpc.RpcError as error:
             end = _call_error(error)
         except Exception as error:  # noqa: BLE001 - a silent reader would be taken for a slow service
             end = CallError("UNKNOWN", f"{type(error).__name__}: {error}")
-        self._end = end
-        self._answers.put(end)
+        finally:
+            self._end = end
+            self._answers.put(end)
 
     @property
     def ended(self) -> bool:
@@ -266,6 +267,13 @@ def storage_error(status: Any) -> str:  # noqa: ANN401 - a google.rpc.Status, wh
     """
     for detail in status.details:
         found = StorageError()
-        if detail.Is(StorageError.DESCRIPTOR) and detail.Unpack(found):
+        if not detail.Is(StorageError.DESCRIPTOR):
+            continue
+        try:
+            detail.Unpack(found)
             return str(StorageError.StorageErrorCode.Name(found.code))
+        except DecodeError:
+            continue
+        except ValueError:
+            return f"STORAGE_ERROR_{found.code}"  # newer than this library
     return ""

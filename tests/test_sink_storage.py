@@ -2,22 +2,26 @@
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
+from google.cloud.bigquery_storage_v1 import types
+from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 import forwarder.appendcalls
 import forwarder.appends
 import forwarder.storage
+from forwarder.appends import Meaning, refusal_of
 from forwarder.bigquery import InsertAllSink
 from forwarder.defaultstream import DefaultStreamSink
 from forwarder.drain import Drain
+from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Delivery, FaultKind, Sink
 from forwarder.storage import StorageSink
-from forwarder.writeapi import Appender
+from forwarder.writeapi import Appender, storage_error
 from lifecycle import Settings, Watchdog, load_settings
 from spool import (
     AppendJournal,
@@ -651,3 +655,161 @@ def test_the_journal_is_readable_for_people(bench: Bench) -> None:
     conn.close()
     assert shown.pop("stream") in bench.api.streams.names
     assert shown == {"start_offset": 0, "row_count": 30, "first_seq": 1, "last_seq": 30}
+
+
+# Found by reading the code as an adversary.
+
+
+def others(rows: Sequence[Reading]) -> list[Reading]:
+    """Return other readings with the same numbers."""
+    return [(row[0], b"\x77" * 16, *row[2:]) for row in rows]
+
+
+def arrived_others(bench: Bench) -> int:
+    return sum(row["event_id"] == "77" * 16 for row in bench.tables.rows(TABLE))
+
+
+def test_a_call_that_ends_between_two_requests_confirms_nothing_of_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the default stream nothing but the order tells which answer belongs to which rows."""
+    monkeypatch.setattr(forwarder.appends, "REQUEST_MAX_ROWS", 10)
+    sink = DefaultStreamSink(bench.settings(BIGQUERY_WRITE_METHOD="storage_default"))
+    encode = RequestEncoder.rows
+    calls = [0]
+
+    def when_the_call_has_ended(self: RequestEncoder, rows: Iterable[Reading]) -> list[bytes]:
+        calls[0] += 1
+        if calls[0] == 2:
+            appender = sink._calls._appender  # noqa: SLF001 - whose end is awaited
+            assert appender is not None
+            appender._reader.join(10)  # noqa: SLF001 - the same
+        return encode(self, rows)
+
+    monkeypatch.setattr(RequestEncoder, "rows", when_the_call_has_ended)
+    bench.api.faults.cut()
+    delivery = sink.deliver(readings(30))
+    assert delivery.retry == readings(30)
+    delivered(sink, delivery.retry)
+    sink.close()
+    assert set(bench.seqs()) == set(range(1, 31))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_restored_copy_of_the_files_loses_nothing_and_counts_what_repeats(
+    bench: Bench, *, same: bool
+) -> None:
+    rows = readings(10)
+    with bench.sink() as sink:
+        delivered(sink, rows)
+        bench.settle(10)
+    edit(bench.state.path, "UPDATE append_stream SET next_offset = 4")
+    edit(bench.state.path, "UPDATE cursor SET seq = 4")
+    again = rows[4:] if same else others(rows[4:])
+    with bench.sink() as sink:
+        for part in (again[:4], again[4:]):
+            delivered(sink, part)
+            bench.settle(part[-1][0])
+    assert bench.possibly_repeated() == 6
+    if same:
+        assert Counter(bench.seqs()) == Counter({n: 1 + (n > 4) for n in range(1, 11)})
+    else:
+        assert arrived_others(bench) == 6
+
+
+def test_a_full_disk_does_not_bring_the_old_spools_cuts_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = readings(30)
+    interrupted(bench, rows)
+
+    def full(*_: object) -> None:
+        raise DiskFullError("the disk is full")
+
+    with bench.sink(epoch="another") as sink:
+        with monkeypatch.context() as patch:
+            patch.setattr(AppendJournal, "begin_stream", full)
+            assert sink.deliver(others(rows)).retry == others(rows)
+        delivered(sink, others(rows))
+    assert arrived_others(bench) == 30
+    assert bench.possibly_repeated() == 30
+
+
+def test_what_was_left_out_of_the_old_spool_is_another_reading_in_the_new_one(
+    bench: Bench,
+) -> None:
+    rows = readings(30)
+    bench.api.faults.poison = lambda row: row["seq"] == 7
+    with bench.sink() as sink:
+        assert len(sink.deliver(rows).dead) == 1
+    bench.api.faults.clear()
+    with bench.sink(epoch="another") as sink:
+        delivered(sink, others(rows))
+
+
+def test_an_error_that_is_newer_than_the_library_is_no_bug_of_ours() -> None:
+    status = status_pb2.Status(code=3, message="x")
+    number = types.StorageError.pb()(code=99)
+    status.details.add().Pack(number)
+    assert storage_error(status) == "STORAGE_ERROR_99"
+
+
+def test_a_changed_table_needs_no_right_on_the_old_one(bench: Bench) -> None:
+    rows = readings(20)
+    interrupted(bench, rows[:10])
+    bench.tables.create_table("p-1.d.other")
+    bench.api.faults.abort(
+        grpc.StatusCode.PERMISSION_DENIED, "not yours", times=None, calls={"FinalizeWriteStream"}
+    )
+    with bench.sink(BIGQUERY_TABLE="other") as sink:
+        delivered(sink, rows)
+    assert bench.seqs("p-1.d.other") == list(range(1, 21))
+    assert bench.possibly_repeated() == 10
+
+
+def test_a_row_that_reads_well_again_is_not_passed_for_delivered(bench: Bench) -> None:
+    """It failed its checksum when the cut was made, and the crash came before it was buried."""
+    rows = readings(30)
+    interrupted(bench, [row for row in rows if row[0] != 5])
+    with bench.sink() as sink:
+        delivered(sink, rows)
+    assert set(bench.seqs()) == set(range(1, 31))
+    assert bench.possibly_repeated() == 29
+
+
+def test_new_streams_that_are_refused_at_once_are_not_made_without_end(bench: Bench) -> None:
+    rows = readings(10)
+    bench.api.faults.refuse("NOT_FOUND", times=None)
+    with bench.sink() as sink:
+        delivery = sink.deliver(rows)
+        assert delivery.retry == rows
+        assert delivery.fault is not None
+        assert delivery.fault.kind is FaultKind.TRANSIENT
+        assert bench.api.streams.created <= 3
+        bench.api.faults.clear()
+        delivered(sink, rows)
+
+
+def test_an_answer_without_a_result_confirms_nothing() -> None:
+    answer = types.AppendRowsResponse.pb()()
+    refusal = refusal_of(answer, None, repeated=False)
+    assert refusal is not None
+    assert refusal.meaning is Meaning.FAULT
+
+
+def test_rows_are_not_blamed_while_the_service_learns_of_a_mended_table(bench: Bench) -> None:
+    rows = readings(40)
+    with bench.sink() as sink:
+        delivered(sink, rows[:10])
+        bench.settle(10)
+        bench.tables.add_column(TABLE, Column("unit", "STRING", "REQUIRED"))
+        held = sink.deliver(rows[10:])
+        assert held.fault is not None
+        assert held.fault.kind is FaultKind.HOLD
+        bench.tables.drop_column(TABLE, "unit")
+        bench.api.faults.poison = lambda _: True  # it has not heard of it yet
+        delivery = sink.deliver(rows[10:])
+        assert (delivery.retry, delivery.dead) == (rows[10:], [])
+        bench.api.faults.clear()
+        delivered(sink, rows[10:])
+    assert bench.seqs() == list(range(1, 41))

@@ -155,6 +155,8 @@ class ModelCalls:
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.TRANSIENT, "the table cannot be read now"))
 
+    schema_settles = False
+
     def columns_changed(self) -> bool:
         self.prepare()
         return self._dice.strikes(0.2)
