@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from collector.housekeeping import Housekeeping, warn_of_small_disk
 from collector.inbox import Inbox
@@ -25,6 +26,7 @@ from spool import (
     SpoolWriter,
     WrongEnvironmentError,
     claim_environment,
+    prepare_apart,
     set_aside,
     spool_path,
 )
@@ -66,14 +68,16 @@ def _open_spool(
     """Open the spool; a damaged one is set aside and a new one takes its place."""
     directory = settings.spool_dir
     try:
-        writer = SpoolWriter.open(directory)
+        writer = _open_writer(directory)
     except CorruptFileError as error:
         log.critical("the spool is damaged: %s", error)
         _tell_set_aside(set_aside(spool_path(directory)))
-        writer = SpoolWriter.open(directory)
-    if not writer.created:
-        position = writer.meta(SALVAGE_KEY)
-        return writer, Salvage.resumed(position) if position else None
+        writer = _open_writer(directory)
+    if position := writer.meta(SALVAGE_KEY):
+        return writer, Salvage.resumed(position)
+    # A start that was cut short may have made the file and not come to what follows here.
+    if writer.meta("app_env") or writer.last_seq():
+        return writer, None
     # By time of damage: the second one of a second has "-2" at its end.
     damaged = sorted(
         path
@@ -94,6 +98,11 @@ def _open_spool(
     salvage.skip_to(min((p.position_in(epoch) for p in seen if p.enabled), default=0))
     writer.set_meta(SALVAGE_KEY, salvage.position())
     return writer, salvage
+
+
+def _open_writer(directory: Path) -> SpoolWriter:
+    prepare_apart(directory, os.environ)
+    return SpoolWriter.open(directory)
 
 
 def _tell_set_aside(path: os.PathLike[str]) -> None:

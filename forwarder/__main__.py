@@ -3,11 +3,20 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 from forwarder.drain import LOOP, Drain
 from forwarder.registry import SINKS, build
-from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, leave, run
-from spool import CursorAheadError, NewerFormatError, SinkState, SpoolError, WrongEnvironmentError
+from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from spool import (
+    CorruptFileError,
+    CursorAheadError,
+    NewerFormatError,
+    SinkState,
+    SpoolError,
+    WrongEnvironmentError,
+    set_aside,
+)
 
 WATCHDOG_S = 300.0
 """Above the longest lawful silence: a batch whose requests all run into their deadlines."""
@@ -42,7 +51,7 @@ def main(arguments: list[str]) -> ExitCode:
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     watchdog = Watchdog([LOOP], WATCHDOG_S)
-    state = SinkState.open(settings.spool_dir, name)
+    state = _open_state(settings.spool_dir, name)
     sink = build(name, settings, state)
     try:
         Drain(
@@ -54,9 +63,54 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
             stop=stop,
             watchdog=watchdog,
         ).run()
+    except CorruptFileError as error:
+        if error.path != state.path:
+            raise
+        state.close()
+        if state.damage_is_confirmed():
+            _set_aside(state.path, error)
+        raise
     finally:
         watchdog.stop()
         sink.close()
+
+
+def _open_state(directory: Path, name: str) -> SinkState:
+    """Open the sink's file; a damaged one is set aside and a new one takes its place."""
+    try:
+        state = SinkState.open(directory, name)
+    except CorruptFileError as error:
+        log.warning("opened once more, for it may have been a read error that passes: %s", error)
+        state = _open_again(directory, name)
+    if state.restored is not None:
+        log.critical(
+            "a new file takes the place of %s; delivery goes on behind what the collector had "
+            "last seen delivered, and what was delivered since is sent once more: with BigQuery "
+            "too it may be there twice, because the append journal is lost",
+            state.restored.damaged,
+            extra=fields(
+                sink=name,
+                after_seq=state.restored.seq,
+                dead_letters_copied=state.restored.dead_letters,
+            ),
+        )
+    return state
+
+
+def _open_again(directory: Path, name: str) -> SinkState:
+    try:
+        return SinkState.open(directory, name)
+    except CorruptFileError as error:
+        _set_aside(error.path, error)
+        return SinkState.open(directory, name)
+
+
+def _set_aside(path: Path, error: CorruptFileError) -> None:
+    log.critical(
+        "the sink's own file is damaged; it is set aside, nothing is deleted: %s",
+        error,
+        extra=fields(file=str(set_aside(path))),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ ordering key and an attribute's value.
 import logging
 import queue
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +38,9 @@ REQUEST_MAX_BYTES = 9_000_000
 
 KEY_MAX_BYTES = 1_024
 ATTRIBUTE_MAX_BYTES = 1_024
+UNDOUBTED_CHARS = 1_024 // 4
+"""UTF-8 takes at most four bytes a character: up to here a name is within both limits."""
+
 DEADLINE_S = 20.0
 GIVE_BACK_AFTER_S = 60.0
 """A delivery that looks for guilty rows for longer than this hands the rest back, so that what
@@ -141,13 +144,15 @@ class PubSubSink:
 
     def _lanes(self, rows: Sequence[Reading], delivery: Delivery) -> list[_Lane]:
         """Sort the rows by site, in requests of lawful size; kill what can never be sent."""
-        by_site: dict[str, list[Reading]] = {}
+        by_site: defaultdict[str, list[Reading]] = defaultdict(list)
         for row in rows:
-            problem = _over_limit(row)
-            if problem:
-                delivery.dead.append(DeadLetter(row, "limit", problem))
-            else:
-                by_site.setdefault(row[4], []).append(row)
+            site = row[4]
+            if len(site) > UNDOUBTED_CHARS or len(row[6]) > UNDOUBTED_CHARS:
+                problem = _over_limit(row)
+                if problem:
+                    delivery.dead.append(DeadLetter(row, "limit", problem))
+                    continue
+            by_site[site].append(row)
         return [
             _Lane(
                 site,
@@ -183,7 +188,7 @@ class PubSubSink:
         if not lane.waiting or self._publish is None:
             return 0
         rows = lane.waiting.popleft()
-        request = self._encoder.request(map(self._encoder.message, rows))
+        request = self._encoder.request(rows)
         if len(rows) > 1 and len(request) > REQUEST_MAX_BYTES:
             _split(lane, rows)
             return self._send_next(lane, ended)
@@ -258,9 +263,9 @@ def _over_limit(row: Reading) -> str:
         (row[4], KEY_MAX_BYTES, "site_code, the ordering key,"),
         (row[6], ATTRIBUTE_MAX_BYTES, "pi_tag, the attribute kpi_name,"),
     ):
-        # UTF-8 takes at most four bytes a character, so most values need no encoding.
-        if len(value) > limit // 4 and len(value.encode()) > limit:
-            return f"{what} has {len(value.encode())} bytes; Pub/Sub takes at most {limit}"
+        size = len(value.encode())
+        if size > limit:
+            return f"{what} has {size} bytes; Pub/Sub takes at most {limit}"
     return ""
 
 

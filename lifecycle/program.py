@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -47,6 +48,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     the services read variables of their own from it (credentials, proxies, emulators).
     """
     started = time.monotonic()
+    _leave_no_core()
     configure_logging(program.role)
     try:
         environ.update(merged_environment(environ))
@@ -68,6 +70,12 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     signal.setitimer(signal.ITIMER_REAL, 0)
     stop.close()
     return code
+
+
+def _leave_no_core() -> None:
+    # The memory holds the broker's password and the services' tokens: no crash may write it to
+    # the disk. For good, and so also where systemd-coredump collects cores.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCode:

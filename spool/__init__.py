@@ -40,6 +40,7 @@ messages are a ring with limits of its own. On a full disk the :class:`Ballast` 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
+from spool.apart import prepare_apart
 from spool.errors import (
     CorruptFileError,
     CursorAheadError,
@@ -64,7 +65,7 @@ from spool.records import (
     presentable,
     row_crc,
 )
-from spool.recovery import Salvage, set_aside
+from spool.recovery import Salvage, confirmed, set_aside
 from spool.retention import Retention
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
@@ -102,9 +103,11 @@ __all__ = [
     "StorageFaultError",
     "WrongEnvironmentError",
     "claim_environment",
+    "confirmed",
     "event_id",
     "intact",
     "pending",
+    "prepare_apart",
     "presentable",
     "refuse_backlog",
     "row_crc",

@@ -1,16 +1,22 @@
 """From any older format of a file to the current one, by sqlite-utils' migrations.
 
-Imported only when there is something to migrate: sqlite-utils costs 12 MB of memory, which
-a collector that starts on a current file need not pay.
+Imported only when there is something to migrate, because sqlite-utils takes memory; and the
+collector, which runs for months, has even that done by ``python -m spool.migrations SPOOL_DIR``
+(:func:`spool.apart.prepare_apart`).
 """
 
+import contextlib
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
 from spool.connection import APPLICATION_ID
+from spool.errors import SpoolError
+from spool.writer import SpoolWriter
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -74,3 +80,9 @@ def migrate(
         conn.rollback()
         raise
     conn.execute("COMMIT")
+
+
+if __name__ == "__main__":
+    # Whoever started this opens the file next, meets the same error and tells it.
+    with contextlib.suppress(SpoolError):
+        SpoolWriter.open(Path(sys.argv[1])).close()

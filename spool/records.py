@@ -25,7 +25,7 @@ SEQ, EVENT_ID, RECEIVED_US, TIMESTAMP_US, SITE_CODE = range(5)
 TOPIC, PAYLOAD = 8, 9
 
 EVENT_ID_BYTES = 16
-_NUMBERS = struct.Struct("<qqd")
+_pack_numbers = struct.Struct("<qqd").pack
 _INTEGER_BOUND = 2**63
 """SQLite's integers are below this."""
 
@@ -50,17 +50,19 @@ def row_crc(identity: bytes, numbers: tuple[int, int, float], names: str, payloa
     """
     received_us, timestamp_us, value = numbers
     # SQLite stores -0.0 as 0.0; adding 0.0 does the same here and nothing to other values.
-    packed = _NUMBERS.pack(received_us, timestamp_us, value + 0.0)
-    return crc32(payload, crc32(packed + identity + names.encode("utf-8", "surrogatepass")))
+    packed = _pack_numbers(received_us, timestamp_us, value + 0.0)
+    return crc32(packed + identity + names.encode("utf-8", "surrogatepass") + payload)
 
 
 def intact(row: Reading) -> bool:
     """Return whether the row's content still has its checksum."""
     _, identity, received_us, timestamp_us, site, sensor, tag, value, topic, payload, crc = row
     try:
-        names = site + sensor + tag + topic
-        return row_crc(identity, (received_us, timestamp_us, value), names, payload) == crc
-    except (TypeError, ValueError, struct.error):
+        # row_crc() spelled out: every row that is delivered comes through here.
+        packed = _pack_numbers(received_us, timestamp_us, value + 0.0)
+        names = (site + sensor + tag + topic).encode("utf-8", "surrogatepass")
+        return crc32(packed + identity + names + payload) == crc
+    except (TypeError, ValueError, AttributeError, struct.error):
         return False  # a flipped bit of the row's header changes a column's type
 
 

@@ -19,6 +19,9 @@ from spool.files import SIDE_SUFFIXES
 from spool.records import READING_COLUMNS, NewReading, Reading, intact, lenient_text
 
 SALVAGE_STEP_ROWS = 1_000
+SUSPICION_S = 600.0
+"""Damage that is met again within this time is believed."""
+
 _FORWARD = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - our own constants
 _BACKWARD = (
     f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? AND seq < ? "  # noqa: S608
@@ -27,6 +30,27 @@ _BACKWARD = (
 _ONE = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq = ?"  # noqa: S608
 _LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'"
 _NO_SEQ = 2**62
+
+
+def confirmed(path: Path, now_s: float | None = None) -> bool:
+    """Return whether damage of the database ``path`` was met a while ago already.
+
+    SQLite reports a page that the disk could not read (EIO) as SQLITE_CORRUPT too, and such an
+    error may pass: so a file is set aside only when another process, after a restart, has found
+    it damaged again. A mark beside the file says that it was found so once.
+
+    Raises:
+        OSError: The mark cannot be made.
+    """
+    mark = path.with_name(f"{path.name}.suspected")
+    now_s = time.time() if now_s is None else now_s
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        suspected_s = float(mark.read_text(encoding="ascii"))
+        if 0 <= now_s - suspected_s <= SUSPICION_S:
+            mark.unlink()
+            return True
+    mark.write_text(str(now_s), encoding="ascii")
+    return False
 
 
 def set_aside(path: Path, now_s: float | None = None) -> Path:

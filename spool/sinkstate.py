@@ -14,6 +14,8 @@ from spool.connection import format_version, open_owner
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
 from spool.records import READING_COLUMNS, Reading
+from spool.recovery import confirmed
+from spool.sinkrecovery import Restored, refuse_emptied, restore
 
 SINK_FORMAT = 2
 
@@ -66,9 +68,13 @@ class Settlement:
 class SinkState:
     """``<sink>.db``, opened by its only writer."""
 
-    def __init__(self, conn: sqlite3.Connection, path: Path) -> None:
+    def __init__(
+        self, conn: sqlite3.Connection, path: Path, restored: Restored | None = None
+    ) -> None:
         self._conn = conn
         self.path = path
+        self.restored = restored
+        """What the file began with, if this opening made it in the place of a damaged one."""
 
     @classmethod
     def open(cls, directory: Path, sink: str) -> "SinkState":
@@ -79,7 +85,15 @@ class SinkState:
             NewerFormatError: A newer release wrote it.
         """
         path = sink_path(directory, sink)
+        refuse_emptied(directory, sink)
         conn = open_owner(path)
+        restored: Restored | None = None
+
+        def initialise(conn: sqlite3.Connection) -> None:
+            # In the transaction that makes the file: no crash may leave one without its cursor.
+            nonlocal restored
+            restored = restore(conn, directory, sink) if version == 0 else None
+
         try:
             version = format_version(conn, path)
             if version > SINK_FORMAT:
@@ -90,18 +104,22 @@ class SinkState:
             if version < SINK_FORMAT:
                 from spool.migrations import migrate, sink_migrations  # noqa: PLC0415 - see there
 
-                migrate(conn, sink_migrations, lambda _: None)
+                migrate(conn, sink_migrations, initialise)
         except sqlite3.Error as error:
             conn.close()
             raise translated(error, "open", path) from error
         except BaseException:
             conn.close()
             raise
-        return cls(conn, path)
+        return cls(conn, path, restored)
 
     def close(self) -> None:
         """Close; what was committed stays."""
         self._conn.close()
+
+    def damage_is_confirmed(self) -> bool:
+        """Return whether it is the second time that the file is found damaged; close it first."""
+        return confirmed(self.path)
 
     @contextmanager
     def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:

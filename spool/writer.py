@@ -48,9 +48,15 @@ _SET_META = (
     "INSERT INTO meta (key, value) VALUES (?, ?) "
     "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 )
+# What was last seen of a file that cannot be read now is what a new one begins with.
 _SET_PROGRESS = (
-    "INSERT OR REPLACE INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
-    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?)"
+    "INSERT INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
+    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (sink) DO UPDATE SET "
+    "enabled=excluded.enabled, state=excluded.state, detail=excluded.detail, "
+    "as_of_us=excluded.as_of_us, (cursor_seq, delivered, dead_letters, dropped) = ("
+    "SELECT iif(seen, excluded.cursor_seq, cursor_seq), iif(seen, excluded.delivered, delivered), "
+    "iif(seen, excluded.dead_letters, dead_letters), iif(seen, excluded.dropped, dropped) "
+    "FROM (SELECT excluded.state NOT IN ('no file', 'unreadable') AS seen))"
 )
 
 

@@ -47,7 +47,7 @@ class ImpatientStop(StopRequest):
         super().__init__()
         self._clock = clock
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, also: object = None) -> bool:  # noqa: ARG002 - as the real one
         # A little more, so that no rounding leaves a rest that is never waited for.
         self._clock.now_s += timeout_s + 1e-6
         return self.requested

@@ -1,5 +1,6 @@
 """The pure parts of a forwarder: when to try again, who is to blame, what table fits."""
 
+import json
 import re
 
 import pytest
@@ -15,7 +16,7 @@ from forwarder.faults import (
     blame_http,
     credential_fault,
 )
-from forwarder.insertbody import column_values
+from forwarder.insertbody import BodyEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import CLUSTER_COLUMNS, COLUMNS, ExistingColumn, ddl, match
 from spool import Reading
@@ -239,8 +240,8 @@ def test_the_ddl_creates_every_column_partitioned_and_clustered() -> None:
 
 def test_a_row_fills_every_column() -> None:
     filled = row(42, '{"n":"é"}')
-    names = [column.name for column in COLUMNS]
-    values = dict(zip(names, column_values(filled, "gate-1"), strict=True))
+    request = json.loads(BodyEncoder(COLUMNS, "gate-1").body([filled]))
+    values = request["rows"][0]["json"]
     assert values == {
         "event_id": filled[1].hex(),
         "site_code": "S1",

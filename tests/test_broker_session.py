@@ -153,6 +153,36 @@ def test_a_refused_subscription_is_named_and_the_connection_is_left(
     assert gate.subscribed == []
 
 
+def test_an_answer_to_some_of_the_subscriptions_is_no_grant(
+    broker: WireBroker, gates: Callable[..., Gate], book: Logbook
+) -> None:
+    gate = gates(MQTT_TOPIC=f"{FILTER},other/#")
+    gate.start()
+    link = broker.link()
+    link.accept()
+    link.grant(1)
+    link.expect(DISCONNECT)
+    link.expect_end()
+    broker.link().accept()
+    assert len(book.lines("answers 1 of 2 subscriptions")) == 1
+    assert gate.subscribed == []
+
+
+def test_an_answer_that_nobody_asked_for_is_passed_over(
+    broker: WireBroker, gates: Callable[..., Gate], book: Logbook
+) -> None:
+    gate = gates()
+    gate.start()
+    link = broker.link()
+    link.accept()
+    link.send(b"\x90\x03\x7f\x7f\x80")
+    link.grant()
+    link.send(publish(5))
+    gate.arrival()
+    assert gate.subscribed == [(FILTER,)]
+    assert set(book.levels("")) == {"INFO"}
+
+
 def test_a_broker_that_grants_qos_0_only_is_warned_of(
     broker: WireBroker, gates: Callable[..., Gate], book: Logbook
 ) -> None:

@@ -2,15 +2,21 @@
 
 import threading
 import time
+import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import collector.inbox
 from collector.dedup import DedupWindow
 from collector.inbox import Delivered, Inbox
 from collector.packets import Message
+from spool import event_id
+
+
+def identity(number: int) -> bytes:
+    return event_id(b"t", b"%d" % number)
 
 
 @given(size=st.integers(0, 8), ids=st.lists(st.integers(0, 12), max_size=80))
@@ -18,22 +24,45 @@ def test_the_window_is_the_last_so_many_different_ids(size: int, ids: list[int])
     window = DedupWindow(size)
     kept: list[int] = []
     for number in ids:
-        new = window.add(b"%d" % number)
+        new = window.add(identity(number))
         assert new == (number not in kept)
         if new and size:
             kept = [*kept, number][-size:]
-    assert len(window._known) == len(window._ring) <= size  # noqa: SLF001 - its bound is the claim
+        assert len(window) == len(kept)
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(100, 400), seed=st.integers(0, 2**32))
+def test_a_window_of_many_buckets_forgets_in_the_order_of_arrival(size: int, seed: int) -> None:
+    ids = [identity(seed + n) for n in range(2 * size)]
+    window = DedupWindow(size)
+    assert all(window.add(one) for one in ids)
+    assert [window.add(one) for one in ids[-size:]] == [False] * size
+    assert len(window) == size
+    assert window.add(ids[0])
+    assert window.add(ids[size])  # the oldest had to go for it
+    assert not window.add(ids[size + 2])
+
+
+def test_the_usual_window_takes_a_tenth_of_what_a_set_takes() -> None:
+    tracemalloc.start()
+    window = DedupWindow(100_000, (identity(n) for n in range(150_000)))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(window) == 100_000
+    assert taken < 3_500_000
 
 
 def test_a_window_that_is_filled_from_the_spool_knows_the_newest() -> None:
-    window = DedupWindow(3, [b"%d" % n for n in range(10)])
-    assert [window.add(b"%d" % n) for n in (9, 8, 7, 6)] == [False, False, False, True]
+    window = DedupWindow(3, [identity(n) for n in range(10)])
+    assert [window.add(identity(n)) for n in (9, 8, 7, 6)] == [False, False, False, True]
 
 
 def test_a_window_of_size_zero_knows_nothing() -> None:
-    window = DedupWindow(0, [b"1"])
-    assert window.add(b"1")
-    assert window.add(b"1")
+    window = DedupWindow(0, [identity(1)])
+    assert window.add(identity(1))
+    assert window.add(identity(1))
+    assert len(window) == 0
 
 
 def delivered(first: int, count: int = 1, size: int = 10) -> Delivered:

@@ -42,7 +42,7 @@ class FakeStop(StopRequest):
     def wake(self) -> None:
         """Nothing sleeps here."""
 
-    def wait(self, timeout_s: float, also: object = None) -> bool:
+    def wait(self, timeout_s: float, also: object = None) -> bool:  # noqa: ARG002 - never rings here
         if self._requested:
             return True
         self.waits.append(timeout_s)

@@ -107,6 +107,22 @@ def test_without_keep_only_counts_and_the_last_seq_remain() -> None:
         assert fake.last_seq(TOPIC) == {"a": "9"}
 
 
+def test_without_keep_every_twentieth_request_is_judged_message_by_message() -> None:
+    with (
+        FakePubSub(topics=[TOPIC], keep=False) as fake,
+        grpc.insecure_channel(fake.address) as channel,
+    ):
+        client = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
+        wrong = [message(key="a"), message(key="b")]
+        assert "same ordering key" in refused(client, *wrong)
+        publish(client, message(key="a"))
+        for _ in range(19):
+            publish(client, *wrong)
+            assert "maximum value is 1000" in refused(client, *[message()] * 1001)
+        assert "same ordering key" in refused(client, *wrong)
+        assert fake.topic_count(TOPIC) == 39
+
+
 def test_a_thousand_messages_are_taken_and_one_more_is_refused(
     fake: FakePubSub, publisher: PublisherClient
 ) -> None:

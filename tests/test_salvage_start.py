@@ -1,5 +1,6 @@
 """How the collector finds its spool at start: whole, damaged, half salvaged, or gone."""
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from spool import (
     SpoolWriter,
     StorageFaultError,
     WrongEnvironmentError,
+    claim_environment,
+    prepare_apart,
     set_aside,
     spool_path,
 )
@@ -116,7 +119,7 @@ def seqs(rows: list[NewReading]) -> list[int]:
 
 def test_the_first_start_of_all_is_silent(start: Start, book: Logbook) -> None:
     writer, salvage = start.open()
-    assert (writer.created, salvage) == (True, None)
+    assert (writer.last_seq(), salvage) == (0, None)
     assert writer.meta(SALVAGE_KEY) == ""
     assert book.lines() == []
 
@@ -124,7 +127,7 @@ def test_the_first_start_of_all_is_silent(start: Start, book: Logbook) -> None:
 def test_a_whole_spool_is_opened_as_it_is(start: Start, book: Logbook) -> None:
     epoch = start.fill()
     writer, salvage = start.open()
-    assert (writer.epoch, writer.created, salvage) == (epoch, False, None)
+    assert (writer.epoch, salvage) == (epoch, None)
     assert writer.last_seq() == ROWS
     assert book.lines() == []
 
@@ -137,7 +140,6 @@ def test_a_damaged_spool_is_set_aside_and_copied_from_the_slowest_enabled_cursor
     deliver_through(start.directory, 1_200, epoch, "bigquery")
     start.damage_schema()
     writer, salvage = start.open()
-    assert writer.created
     assert writer.epoch != epoch
     assert writer.last_seq() == 0
     assert salvage is not None
@@ -189,7 +191,7 @@ def test_a_copy_is_taken_up_again_after_a_restart_where_the_spool_says(
     deliver_through(start.directory, 500, epoch, "pubsub")
     again, resumed = start.open()
     assert resumed is not None
-    assert (again.epoch, again.created, resumed.path) == (epoch, False, salvage.path)
+    assert (again.epoch, resumed.path) == (epoch, salvage.path)
     assert seqs(first) + seqs(copied(resumed)) == list(range(1, ROWS + 1))
     assert book.lines() == []
     again.set_meta(SALVAGE_KEY, resumed.position())
@@ -204,11 +206,24 @@ def test_a_start_that_was_killed_before_the_new_file_was_made_copies_all_the_sam
     start.fill()
     aside = set_aside(spool_path(start.directory))
     writer, salvage = start.open()
-    assert writer.created
+    assert writer.last_seq() == 0
     assert salvage is not None
     assert salvage.path == aside
     assert seqs(copied(salvage)) == list(range(1, ROWS + 1))
     assert book.lines("was not there") == []
+
+
+def test_a_start_that_was_killed_just_after_it_made_the_new_file_copies_all_the_same(
+    start: Start,
+) -> None:
+    start.fill()
+    aside = set_aside(spool_path(start.directory))
+    prepare_apart(start.directory, os.environ)
+    writer, salvage = start.open()
+    assert writer.last_seq() == 0
+    assert salvage is not None
+    assert salvage.path == aside
+    assert seqs(copied(salvage)) == list(range(1, ROWS + 1))
 
 
 def test_of_several_damaged_files_the_last_one_is_copied(start: Start) -> None:
@@ -235,7 +250,7 @@ def test_a_spool_without_a_readable_header_is_set_aside_and_begun_anew(
     deliver_through(start.directory, 1_000, epoch, "pubsub")
     start.damage_header()
     writer, salvage = start.open()
-    assert writer.created
+    assert writer.epoch != epoch
     assert salvage is not None
     assert salvage.done
     assert book.levels(SET_ASIDE) == ["CRITICAL"]
@@ -250,9 +265,11 @@ def test_a_spool_that_is_gone_is_told_of_where_forwarders_have_worked_on_one(
     for path in start.directory.glob("spool.db*"):
         path.unlink()
     writer, salvage = start.open()
-    assert (writer.created, salvage) == (True, None)
+    assert (writer.last_seq(), salvage) == (0, None)
+    assert writer.epoch != epoch
     assert book.levels("spool.db was not there") == ["CRITICAL"]
     assert "still in it" in book.lines("spool.db was not there")[0]
+    claim_environment(writer, "LOCAL", [])
     start.close()
     book.records.clear()
     start.open()

@@ -48,8 +48,7 @@ def parsed(request: bytes) -> list[tuple[bytes, dict[str, str], str]]:
 @given(st.lists(ROWS, max_size=5), NAME)
 def test_every_field_is_read_back(rows: list[Reading], source: str) -> None:
     encoder = MessageEncoder(TOPIC, source)
-    request = encoder.request(map(encoder.message, rows))
-    assert parsed(request) == [
+    assert parsed(encoder.request(rows)) == [
         (
             kpi_event(row),
             {
@@ -69,10 +68,13 @@ def test_every_field_is_read_back(rows: list[Reading], source: str) -> None:
 def test_a_flood_of_tags_does_not_fill_the_memory() -> None:
     encoder = MessageEncoder(TOPIC, "s")
     one: Reading = (1, b"0" * 16, 0, 0, "A", "s", "T", 1.0, "t", b"", 0)
-    for n in range(25_000):
-        encoder.message((*one[:6], f"T{n}", *one[7:]))
-    assert len(encoder._tails) <= 10_000  # noqa: SLF001 - the claim is about the inside
-    ((_, attributes, _),) = parsed(encoder.request([encoder.message(one)]))
+    kept = 0
+    for n in range(60):
+        encoder.request([(*one[:8], f"{n}{'x' * 200_000}", *one[9:])])
+        templates = encoder._templates.values()  # noqa: SLF001 - the claim is about the inside
+        kept = max(kept, sum(len(template) for template, _, _ in templates))
+    assert 3 * 1024 * 1024 < kept <= 4 * 1024 * 1024
+    ((_, attributes, _),) = parsed(encoder.request([one]))
     assert attributes["kpi_name"] == "T"
 
 

@@ -56,7 +56,7 @@ class PublishRules:
         poison: Callable[[bytes], bool] | None,
     ) -> str:
         """Raise `Refusal` unless the service would take the request; return its ordering key."""
-        key = _check_request(messages, request_bytes)
+        key = check_request(messages, request_bytes)
         good_keys = self._good_keys
         for message in messages:
             if message.ordering_key != key:
@@ -102,7 +102,8 @@ class PublishRules:
                 self._good_keys.add(key)
 
 
-def _check_request(messages: Sequence[WireMessage], request_bytes: int) -> str:
+def check_request(messages: Sequence[WireMessage], request_bytes: int) -> str:
+    """Raise `Refusal` for what the request as a whole shows; return its ordering key."""
     count = len(messages)
     if not count:
         raise Refusal(_INVALID, "The request contains no messages.")

@@ -57,8 +57,11 @@ class Books:
         states = {sink: self._sink(sink) for sink in SINKS}
         with self._reading("spool") as spool:
             counters = _counters(spool)
+            epoch = _rows(spool, "SELECT value FROM meta WHERE key = 'epoch'")
             sinks = {}
-            for sink, (cursor, counts) in states.items():
+            for sink, (place, counts) in states.items():
+                # A cursor in another spool has passed nothing of this one.
+                cursor = place[0][1] if place and [place[0][:1]] == epoch else 0
                 pending = _rows(spool, "SELECT count(*) FROM reading_row WHERE seq > ?", cursor)
                 sinks[sink] = SinkFigures(
                     delivered=counts.get("delivered", 0),
@@ -111,10 +114,9 @@ class Books:
         rows = {row["sink"]: row for row in self.as_operator("select * from backlog")}
         return rows.get(sink, {"pending": 0, "state": "", "detail": ""})
 
-    def _sink(self, sink: str) -> tuple[int, dict[str, int]]:
+    def _sink(self, sink: str) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
         with self._reading(sink) as connection:
-            cursor = _rows(connection, "SELECT seq FROM cursor")
-            return (cursor[0][0] if cursor else 0), _counters(connection)
+            return _rows(connection, "SELECT epoch, seq FROM cursor"), _counters(connection)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[sqlite3.Connection]:

@@ -1,0 +1,156 @@
+"""A sink's damaged file: what its new one begins with, and what it must not believe."""
+
+from pathlib import Path
+
+import pytest
+
+from spool import (
+    CorruptFileError,
+    DeadLetter,
+    Settlement,
+    SinkFile,
+    SinkState,
+    SpoolWriter,
+    set_aside,
+    sink_path,
+    spool_path,
+)
+from spool.recovery import SUSPICION_S, confirmed
+from spool.sinkrecovery import RESTORED
+from tests.test_spool_sinkstate import dead, row
+from tests.test_spool_writer import edit, look, new_reading
+
+SINK = "bigquery"
+ROWS = 20
+SETTLED = 12
+
+
+@pytest.fixture
+def epoch(tmp_path: Path) -> str:
+    """A spool, a sink that has settled a part of it, and the collector's snapshot of that."""
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n) for n in range(1, ROWS + 1)], [], {})
+    state = SinkState.open(tmp_path, SINK)
+    state.settle(Settlement(writer.epoch, SETTLED, SETTLED - 2, [dead(3), dead(8)]))
+    state.close()
+    seen = SinkFile(tmp_path, SINK, enabled=True)
+    writer.write_progress([seen.read()])
+    seen.close()
+    writer.close()
+    return writer.epoch
+
+
+def damage(directory: Path) -> Path:
+    return set_aside(sink_path(directory, SINK))
+
+
+def test_the_cursor_and_the_counters_are_those_of_the_snapshot(tmp_path: Path, epoch: str) -> None:
+    damaged = damage(tmp_path)
+    state = SinkState.open(tmp_path, SINK)
+    assert state.position(epoch) == SETTLED
+    assert state.counters() == {
+        "delivered": SETTLED - 2,
+        "dead_lettered": 2,
+        "dropped": 0,
+        RESTORED: 1,
+    }
+    assert state.restored is not None
+    assert (state.restored.damaged, state.restored.seq) == (damaged, SETTLED)
+    state.close()
+    again = SinkState.open(tmp_path, SINK)
+    assert again.restored is None, "said once"
+    assert again.position(epoch) == SETTLED
+
+
+def test_dead_letters_are_copied_but_those_that_will_die_again(tmp_path: Path, epoch: str) -> None:
+    state = SinkState.open(tmp_path, SINK)
+    state.settle(Settlement(epoch, 15, 2, [DeadLetter(row(14), "invalid", "since the snapshot")]))
+    state.settle(Settlement("an-earlier-epoch", 1, 0, [dead(1)]))
+    state.close()
+    damage(tmp_path)
+    state = SinkState.open(tmp_path, SINK)
+    there = look(state.path, "SELECT epoch, seq FROM dead_letter ORDER BY id")
+    assert there == [(epoch, 3), (epoch, 8), ("an-earlier-epoch", 1)]
+    assert state.restored is not None
+    assert state.restored.dead_letters == 3
+    # Refused once more, it is one dead letter, and counted.
+    state.settle(Settlement(epoch, 15, 2, [dead(14)]))
+    counters = state.counters()
+    assert sum(counters[n] for n in ("delivered", "dead_lettered", "dropped")) == 15
+
+
+def test_without_a_snapshot_delivery_begins_at_the_first_row(tmp_path: Path, epoch: str) -> None:
+    edit(spool_path(tmp_path), "DELETE FROM sink_progress")
+    damage(tmp_path)
+    state = SinkState.open(tmp_path, SINK)
+    assert (state.position(epoch), state.known_epoch()) == (0, "")
+    assert state.counters() == {RESTORED: 1}
+    assert state.restored is not None
+
+
+def test_a_snapshot_beyond_the_spools_end_is_not_believed(tmp_path: Path, epoch: str) -> None:
+    edit(spool_path(tmp_path), "UPDATE sink_progress SET cursor_seq = 21")
+    damage(tmp_path)
+    assert SinkState.open(tmp_path, SINK).position(epoch) == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage" * 1000])
+def test_a_missing_or_damaged_spool_is_no_obstacle(
+    tmp_path: Path, epoch: str, content: bytes | None
+) -> None:
+    damage(tmp_path)
+    for path in tmp_path.glob("spool.db*"):
+        path.unlink()
+    if content is not None:
+        spool_path(tmp_path).write_bytes(content)
+    assert SinkState.open(tmp_path, SINK).position(epoch) == 0
+
+
+def test_garbage_in_the_damaged_file_is_no_obstacle(tmp_path: Path, epoch: str) -> None:
+    damage(tmp_path).write_bytes(b"garbage" * 1000)
+    state = SinkState.open(tmp_path, SINK)
+    assert state.position(epoch) == SETTLED
+    assert look(state.path, "SELECT count(*) FROM dead_letter") == [(0,)]
+
+
+def test_a_file_that_was_never_set_aside_begins_at_the_first_row(
+    tmp_path: Path, epoch: str
+) -> None:
+    """Somebody who removes the file wants everything sent again."""
+    for path in tmp_path.glob(f"{SINK}.db*"):
+        path.unlink()
+    state = SinkState.open(tmp_path, SINK)
+    assert (state.position(epoch), state.restored) == (0, None)
+
+
+def test_an_emptied_file_is_damaged_and_its_log_is_kept(tmp_path: Path, epoch: str) -> None:
+    path = sink_path(tmp_path, SINK)
+    path.write_bytes(b"")
+    with pytest.raises(CorruptFileError, match="emptied"):
+        SinkState.open(tmp_path, SINK)
+    edit(spool_path(tmp_path), "DELETE FROM sink_progress")
+    log = path.with_name(f"{path.name}-wal")
+    log.write_bytes(b"the log")
+    with pytest.raises(CorruptFileError, match="emptied"):
+        SinkState.open(tmp_path, SINK)
+    assert log.read_bytes() == b"the log"
+    log.unlink()
+    # As a crash leaves it between making the file and its first page.
+    assert SinkState.open(tmp_path, SINK).position(epoch) == 0
+
+
+def test_damage_is_believed_when_it_is_met_again_soon(tmp_path: Path) -> None:
+    path = sink_path(tmp_path, SINK)
+    assert not confirmed(path, 1_000.0)
+    assert confirmed(path, 1_000.0 + SUSPICION_S)
+    assert list(tmp_path.iterdir()) == [], "the next suspicion is a new one"
+    assert not confirmed(path, 2_000.0)
+    assert not confirmed(path, 2_001.0 + SUSPICION_S), "that one has passed"
+    assert not confirmed(path, 1_000.0), "a clock that was set back proves nothing"
+
+
+def test_a_mark_that_cannot_be_read_is_no_confirmation(tmp_path: Path) -> None:
+    path = sink_path(tmp_path, SINK)
+    path.with_name(f"{path.name}.suspected").write_text("garbage", encoding="ascii")
+    assert not confirmed(path, 1_000.0)
+    assert confirmed(path, 1_001.0)

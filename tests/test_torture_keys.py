@@ -1,0 +1,148 @@
+"""Keys that are revoked, run out or are replaced, and servers that are not who they say."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.harness import FORWARDERS, wait_until
+from tests.torture.cloud_faults import METHODS
+from tests.torture.google import HOSTS, Earnest, earnest
+from tests.torture.tls_gate import Authority
+from tests.torture.token_server import REFRESHED_EARLY_S, TOKEN, Mood
+
+READINGS = 50
+SOON_S = 30.0
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[Earnest]:
+    with earnest(tmp_path) as made:
+        yield made
+
+
+def publish(system: Earnest) -> None:
+    system.rig.publish(READINGS)
+    system.rig.wait_until_spooled()
+
+
+def wait_until_seen(system: Earnest, state: str, words: str) -> None:
+    """Wait until the operator sees of both sinks why they stand still."""
+    for sink in system.rig.sinks:
+
+        def seen(sink: str = sink) -> bool:
+            row = system.rig.books.backlog(sink)
+            return row["state"] == state and words in row["detail"]
+
+        wait_until(seen, SOON_S, f"{sink} is {state}: {words}")
+
+
+def assert_delivered(system: Earnest) -> None:
+    system.rig.wait_until_delivered()
+    system.rig.assert_nothing_lost()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_key_that_is_refused_is_a_hold_that_ends_by_itself_once_it_is_good(
+    tmp_path: Path, method: str
+) -> None:
+    with earnest(tmp_path, method) as system:
+        system.tokens.mood = Mood.REVOKED
+        system.rig.start()
+        publish(system)
+        wait_until_seen(system, "on hold", "GOOGLE_APPLICATION_CREDENTIALS")
+        assert all(system.rig.programs[name].running for name in FORWARDERS)
+        assert system.rig.cloud.received("pubsub") == []
+        system.tokens.mood = Mood.GOOD
+        assert_delivered(system)
+
+
+def test_a_key_that_is_revoked_while_it_runs_stops_delivery_and_loses_nothing(
+    system: Earnest,
+) -> None:
+    # Each token is old after a second.
+    system.tokens.lives_s = REFRESHED_EARLY_S + 1
+    system.rig.start()
+    publish(system)
+    assert_delivered(system)
+    system.tokens.mood = Mood.REVOKED
+    asked = system.tokens.asked
+
+    def held() -> bool:
+        # A token that is still good is used up first. The call that appends to BigQuery stays
+        # open with the token that opened it: whether it may is the service's to decide.
+        system.rig.publish(1)
+        return bool(system.rig.books.backlog("pubsub")["state"] == "on hold")
+
+    wait_until(held, SOON_S, "it is on hold")
+    assert system.tokens.asked > asked
+    system.tokens.mood = Mood.GOOD
+    assert_delivered(system)
+
+
+def test_a_clock_that_is_wrong_is_told_in_googles_words(system: Earnest) -> None:
+    system.tokens.mood = Mood.SKEWED
+    system.rig.start()
+    publish(system)
+    wait_until_seen(system, "on hold", "reasonable timeframe")
+    system.tokens.mood = Mood.GOOD
+    assert_delivered(system)
+
+
+def test_a_token_server_that_is_down_loses_nothing(system: Earnest) -> None:
+    system.tokens.mood = Mood.BROKEN
+    system.rig.start()
+    publish(system)
+    for sink in system.rig.sinks:
+        wait_until(
+            lambda sink=sink: system.rig.books.backlog(sink)["state"] != "delivering",  # type: ignore[misc]
+            SOON_S,
+            f"{sink} says that it does not deliver",
+        )
+    system.tokens.mood = Mood.GOOD
+    assert_delivered(system)
+
+
+def test_a_new_key_in_the_old_ones_file_is_used_after_a_restart(system: Earnest) -> None:
+    system.tokens.revoked.add("first")
+    system.rig.start()
+    publish(system)
+    wait_until_seen(system, "on hold", "GOOGLE_APPLICATION_CREDENTIALS")
+    system.tokens.make_key(system.key_file, "second")
+    for name in FORWARDERS:
+        assert system.rig.programs[name].stop()[0] == 0
+    system.rig.start(*FORWARDERS)
+    assert_delivered(system)
+
+
+@pytest.mark.parametrize("wrong", ["authority", "name", "age"])
+def test_a_server_that_is_not_google_gets_no_reading_and_no_token(
+    tmp_path: Path, wrong: str
+) -> None:
+    with earnest(tmp_path) as system:
+        good = system.gate.context
+        authority, age = system.authority, timedelta()
+        names: tuple[str, ...] = HOSTS
+        if wrong == "authority":
+            authority = Authority(tmp_path, "stranger")
+        elif wrong == "name":
+            names = tuple(f"{host}.example" for host in HOSTS)
+        else:
+            age = timedelta(days=3)
+        system.show(authority.issue(wrong, *names, age=age))
+        system.rig.start()
+        publish(system)
+        for sink in system.rig.sinks:
+            wait_until(
+                lambda sink=sink: system.rig.books.backlog(sink)["state"] == "retrying",  # type: ignore[misc]
+                SOON_S,
+                f"{sink} does not trust it",
+            )
+        # gRPC looks at the name only after the handshake, and then leaves.
+        hosts = {text.partition(":")[0] for text in system.gate.refused} | {*system.gate.accepted}
+        assert {"pubsub.googleapis.com", "bigquery.googleapis.com"} <= hosts
+        assert TOKEN.encode() not in bytes(system.gate.heard)
+        assert system.gate.heard == b"", "nothing was said to it"
+        system.gate.context = good
+        assert_delivered(system)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Try to break the promise, for as long as you like:
+#   tests/torture/run.sh --hours 0.5
+#   tests/torture/run.sh --hours 8 --seed 4711 --only kills
+#
+# Prints the seed, what was done and what was seen; the exit code is 0 only if
+# nothing was lost and everything added up. tests/run.sh makes the environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+readonly PYTHON=.venv-tests/bin/python
+[ -x "$PYTHON" ] || {
+  printf 'tests/torture/run.sh: first run tests/run.sh once, which makes %s\n' "${PYTHON%/bin/*}" >&2
+  exit 1
+}
+exec "$PYTHON" -m tests.torture "$@"
