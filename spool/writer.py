@@ -68,9 +68,7 @@ class SpoolWriter:
     before relying on anything.
     """
 
-    def __init__(
-        self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool
-    ) -> None:
+    def __init__(self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool) -> None:
         self._conn = conn
         self._bell = bell
         self.path = path
