@@ -176,7 +176,7 @@ build_venv() { # <directory> <lock> <python>
       die_of_command "python -m venv failed" "Install it: sudo apt-get install python3-venv"
     # Wheels only: nothing is compiled, and no build tool comes in unchecked.
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-      --only-binary :all: --require-hashes -r "$lock" ||
+      --only-binary :all: --no-deps --require-hashes -r "$lock" ||
       die_of_command "pip cannot install $(basename "$lock")" \
         "See above; a mirror is set with PIP_INDEX_URL or pip.conf."
     touch "$venv/.complete"

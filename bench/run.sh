@@ -59,7 +59,7 @@ make_venv() {
   rm -rf "$VENV"
   "$python" -m venv "$VENV"
   "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install --no-input \
-    --only-binary :all: --require-hashes -r "$LOCK" 2> >(grep -v '^WARNING: Location' >&2)
+    --only-binary :all: --no-deps --require-hashes -r "$LOCK" 2> >(grep -v '^WARNING: Location' >&2)
   printf '%s' "$key" >"$VENV/.made-from"
 }
 

@@ -62,7 +62,7 @@ make_venv() {
   "$python" -m venv "$VENV"
   # pip warns of each mirror that lacks a package; its errors come all the same.
   "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install --no-input \
-    --only-binary :all: --require-hashes -r "$LOCK" 2> >(grep -v '^WARNING: Location' >&2)
+    --only-binary :all: --no-deps --require-hashes -r "$LOCK" 2> >(grep -v '^WARNING: Location' >&2)
   printf '%s' "$key" >"$VENV/.made-from"
 }
 
