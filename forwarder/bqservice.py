@@ -16,7 +16,7 @@ from google.auth.credentials import AnonymousCredentials, Credentials
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import bigquery
 
-from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_http
+from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_http, credentials_problem
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
     CLUSTER_COLUMNS,
@@ -105,7 +105,7 @@ class TableService:
                 )
             except google.auth.exceptions.DefaultCredentialsError as error:
                 raise FaultError(
-                    Fault(FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+                    Fault(FaultKind.HOLD, credentials_problem(error), CREDENTIALS_REMEDY)
                 ) from error
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
                 raise FaultError(
@@ -177,7 +177,7 @@ class TableService:
         """Return who has to act, and the fault to report. Raises what is not the service's."""
         if isinstance(error, GoogleAPICallError):
             return self._judge_http(error)
-        if isinstance(error, google.auth.exceptions.RefreshError):
+        if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
             fault = Fault(FaultKind.HOLD, f"no access token: {error}", CREDENTIALS_REMEDY)
             return Blame.OPERATOR, fault
         if isinstance(

@@ -12,13 +12,13 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
-from lifecycle import StopRequest, Watchdog, fields
+from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,
@@ -309,8 +309,10 @@ class Drain:
         while True:
             delivery = self._sink.deliver(todo) if todo else Delivery()
             self._watchdog.beat(LOOP)
-            batch.dead += delivery.dead
-            self._log_dead(delivery.dead)
+            # A service's words are read in terminals, and may be anybody's (a captive portal's).
+            dead = [replace(d, detail=printable(d.detail)) for d in delivery.dead]
+            batch.dead += dead
+            self._log_dead(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
             self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
@@ -372,6 +374,7 @@ class Drain:
         return self._stop.requested
 
     def _set_status(self, state: str, detail: str) -> None:
+        detail = printable(detail)
         if (state, detail) != self._status:
             self._state.set_status(state, detail)
             self._status = (state, detail)

@@ -104,6 +104,14 @@ def credential_fault(details: str) -> Fault | None:
     )
 
 
+def credentials_problem(error: Exception) -> str:
+    """Return why there are no credentials, in google-auth's first words alone.
+
+    What else such an error carries may quote the key file itself.
+    """
+    return f"no credentials: {error.args[0] if error.args else type(error).__name__}"
+
+
 CREDENTIALS_REMEDY = (
     "check GOOGLE_APPLICATION_CREDENTIALS: the key may be revoked, expired or unreadable; list "
     "keys with: gcloud iam service-accounts keys list --iam-account=ACCOUNT"

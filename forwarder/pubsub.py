@@ -24,7 +24,13 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.types import PublishResponse as _PublishResponse
 
-from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
+from forwarder.faults import (
+    CREDENTIALS_REMEDY,
+    Blame,
+    blame_grpc,
+    credential_fault,
+    credentials_problem,
+)
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
 from lifecycle import Settings
@@ -100,7 +106,8 @@ class PubSubSink:
         try:
             self._connect()
         except google.auth.exceptions.DefaultCredentialsError as error:
-            return _nothing(rows, FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+            problem = credentials_problem(error)
+            return _nothing(rows, FaultKind.HOLD, problem, CREDENTIALS_REMEDY)
         except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
             # Some kinds of credentials already call the network when they are made.
             return _nothing(rows, FaultKind.TRANSIENT, f"cannot build the client: {error}")

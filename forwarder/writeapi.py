@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from forwarder.bqservice import FaultError
-from forwarder.faults import CREDENTIALS_REMEDY
+from forwarder.faults import CREDENTIALS_REMEDY, credentials_problem
 from forwarder.sink import Fault, FaultKind
 from lifecycle import Settings
 
@@ -116,7 +116,7 @@ class WriteApi:
                 )
         except google.auth.exceptions.DefaultCredentialsError as error:
             raise FaultError(
-                Fault(FaultKind.HOLD, f"no credentials: {error}", CREDENTIALS_REMEDY)
+                Fault(FaultKind.HOLD, credentials_problem(error), CREDENTIALS_REMEDY)
             ) from error
         except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
             # Some kinds of credentials already call the network when they are made.

@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 import pytest
 
+import lifecycle.program
 from tests.harness import last_words
 
 
@@ -14,3 +15,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.failed:
         report.sections += last_words()
     return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cores_stay_as_they_are() -> Generator[None]:
+    """A program that a test runs in this very process must not set a limit for all that follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifecycle.program, "_leave_no_core", lambda: None)
+        yield

@@ -168,6 +168,7 @@ leave(ExitCode.STORAGE)
     assert process.communicate(timeout=DEADLINE_S) == ("out\n", "err")
     assert process.returncode == 75
     assert {path.name for path in tmp_path.iterdir()} == {
+        "doorbell",
         "spool.db",
         "spool.db-wal",
         "spool.db-shm",

@@ -185,10 +185,7 @@ def test_no_secret_in_what_is_said_of_a_refused_key(talkative: Earnest) -> None:
         "truncated",
         "another key",
         "no json",
-        pytest.param(
-            "not utf-8",
-            marks=pytest.mark.xfail(strict=True, reason="google-auth's error quotes the file"),
-        ),
+        "not utf-8",
     ],
 )
 def test_no_secret_in_what_is_said_of_a_broken_key_file(talkative: Earnest, damage: str) -> None:

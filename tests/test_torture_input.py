@@ -206,7 +206,6 @@ def test_no_log_line_holds_what_acts_on_a_terminal(rig: Rig) -> None:
     assert rig.programs[COLLECTOR].running
 
 
-@pytest.mark.xfail(strict=True, reason="what a service says is stored as it came")
 def test_a_services_words_do_not_act_on_the_terminal(rig: Rig) -> None:
     words = "\x1b[2J\x07 bad\r\nx\x9b"  # as a captive portal's page may have them
     rig.cloud.pubsub.faults.abort(grpc.StatusCode.UNAVAILABLE, words, times=None)
