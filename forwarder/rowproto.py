@@ -2,8 +2,8 @@
 
 Rows are protobuf messages of a type that is described at run time
 (https://cloud.google.com/bigquery/docs/supported-data-types#supported_protocol_buffer_data_types):
-a TIMESTAMP is an ``int64`` of microseconds since 1970 UTC. Arrow would need pyarrow, which takes
-100 MB on the disk and 60 MB of memory for nothing that these bytes do not do.
+a TIMESTAMP is an ``int64`` of microseconds since 1970 UTC. Arrow would save 1 µs a row, and cost
+68 MB of memory for pyarrow.
 
 As in :mod:`forwarder.wire`, most bytes of a row are the same for all readings of a tag, and
 concatenating them costs a fraction of building objects. ``tests/test_rowproto.py`` parses the
