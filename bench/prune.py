@@ -1,9 +1,10 @@
-"""Row 12: ingest while a full prune runs; and the collector's ceiling without a real broker."""
+"""Row 12: ingest while the spool is pruned; and the collector's ceiling without a real broker."""
 
 import json
 import os
 import shutil
-import time
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,22 +12,20 @@ from typing import Any
 
 from bench.fill import APP_ENV, fill
 from bench.latency import percentile
-from bench.processes import BenchError, Process, Usage, pause
+from bench.processes import BenchError, Process, Usage
 from bench.report import Row
 from bench.rig import START_TIMEOUT_S, Rig, rig
 from bench.servers import NAMES
+from spool import SpoolWriter, spool_path
 
 PRUNED_ROWS_PER_COUNT = 10
-"""Rows in the spool per ``--count``: two million at the default, pruned within seconds."""
+"""Rows in the spool per ``--count``: two million at the default."""
 
 OLD_S = 48 * 3600.0
 """Twice SPOOL_RETENTION_HOURS, which stays at its default."""
 
 STEADY_S = 6.0
-MESSAGES_MIN = 1_000
-"""Fewer do not have a 99th percentile."""
-
-LOOK_EVERY_S = 0.02
+DELETE_STEP_ROWS = 20_000
 RUN_TIMEOUT_S = 300.0
 WITHOUT_SINKS = {"PUBSUB_ENABLED": "false", "BIGQUERY_ENABLED": "false"}
 """With no sink enabled nobody waits for a row, and only its age keeps it."""
@@ -34,12 +33,14 @@ WITHOUT_SINKS = {"PUBSUB_ENABLED": "false", "BIGQUERY_ENABLED": "false"}
 
 @dataclass(frozen=True)
 class Steady:
-    """What a steady stream of messages met, in milliseconds from PUBLISH to PUBACK."""
+    """What a steady stream of messages met."""
 
-    deleting: list[float]
-    """Of those that went while rows were deleted; without a prune, of all."""
-    later: list[float]
-    """Of the others: while the freed space was handed back to the file system."""
+    took_ms: list[float]
+    """From PUBLISH to PUBACK, of each message."""
+    pruned: int
+    """Rows that left meanwhile."""
+    returned_bytes: int
+    """By how much the file became smaller, or what it has free became less."""
 
 
 def wire_broker(setup: Rig, *arguments: str) -> tuple[Process, int]:
@@ -60,36 +61,55 @@ def result(broker: Process) -> dict[str, Any]:
     return said
 
 
-def _steady(filled: Path, rows_before: int, *, pruning: bool) -> Steady:
+def _steady(filled: Path, rows_before: int) -> Steady:
+    """Have the collector take a steady stream into a copy of ``filled``."""
     with rig() as setup:
-        shutil.copytree(filled, setup.spool_dir)
-        os.sync()  # or the copy is written back while the commits are timed
-        arguments = ["steady", f"--seconds={STEADY_S}", f"--first={rows_before}"]
-        broker, port = wire_broker(setup, *arguments)
-        environ = {"APP_ENV": APP_ENV, "MQTT_PORT": str(port), **WITHOUT_SINKS, **NAMES}
-        setup.collector(**environ)
+        broker = _collector_on(setup, filled, "steady", f"--seconds={STEADY_S}", rows_before)
+        pruned_before, free_before = setup.spool_counter("pruned"), _free_bytes(setup)
         broker.say("go")
-        pruned_at = _watch(setup, broker, rows_before)
         said = result(broker)
+        pruned = setup.spool_counter("pruned") - pruned_before
         if setup.spool_counter("spooled") != rows_before + said["sent"]:
             raise BenchError("not all that was acknowledged is spooled")
-        if pruning != (setup.spool_counter("pruned") > 0):
-            raise BenchError("pruned or not, it is not as it should be")
-        sent = list(zip(said["went"], said["took_ms"], strict=True))
-        return Steady(
-            [took for went, took in sent if went < pruned_at],
-            [took for went, took in sent if went >= pruned_at],
-        )
+        return Steady(said["took_ms"], pruned, free_before - _free_bytes(setup))
 
 
-def _watch(setup: Rig, broker: Process, rows_before: int) -> float:
-    """Return when the last of the old rows was pruned, in Unix time; look until the end."""
-    pruned_at = float("inf")
-    while "done " not in broker.output():
-        if setup.spool_counter("pruned") >= rows_before:
-            pruned_at = min(pruned_at, time.time())
-        pause(LOOK_EVERY_S)
-    return pruned_at
+def _flood(filled: Path, rows_before: int, count: int) -> tuple[float, int]:
+    """Have the collector take ``count`` at full speed; return messages per second and rows gone."""
+    with rig() as setup:
+        broker = _collector_on(setup, filled, "flood", f"--count={count}", rows_before)
+        pruned_before = setup.spool_counter("pruned")
+        broker.say("go")
+        said = result(broker)
+        return count / said["seconds"], setup.spool_counter("pruned") - pruned_before
+
+
+def _collector_on(setup: Rig, filled: Path, mode: str, how_much: str, first: int) -> Process:
+    shutil.copytree(filled, setup.spool_dir)
+    os.sync()  # or the copy is written back while the commits are timed
+    broker, port = wire_broker(setup, mode, how_much, f"--first={first}")
+    setup.collector(**{"APP_ENV": APP_ENV, "MQTT_PORT": str(port), **WITHOUT_SINKS, **NAMES})
+    return broker
+
+
+def _free_bytes(setup: Rig) -> int:
+    path = spool_path(setup.spool_dir)
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as conn:
+        (pages,) = conn.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+    return int(pages) * int(page_bytes)
+
+
+def _spools(root: Path, count: int) -> dict[str, Path]:
+    """Make three spools of as many rows: all due to be pruned, none, and all pruned just now."""
+    for name, age_s in (("due", OLD_S), ("young", 0.0), ("pruned", OLD_S)):
+        fill(root / name, count, age_s=age_s)
+    writer = SpoolWriter.open(root / "pruned")
+    for seq in range(DELETE_STEP_ROWS, count + DELETE_STEP_ROWS, DELETE_STEP_ROWS):
+        writer.delete_through(min(seq, count), "pruned")
+    writer.checkpoint()
+    writer.close()
+    return {name: root / name for name in ("due", "young", "pruned")}
 
 
 def rows(rounds: int, count: int) -> list[Row]:
@@ -99,28 +119,37 @@ def rows(rounds: int, count: int) -> list[Row]:
         "99th percentile from PUBLISH to PUBACK, 20 messages each 10 ms, spool of "
         f"{spooled:,} rows: while"
     )
-    deleting = Row("prune", f"{what} all of them are deleted ÷ without a prune", "ms", "<= 1.5")
-    returning = Row(
-        "prune-return", f"{what} the freed space is handed back ÷ without", "ms", "<= 1.5"
+    pruning = Row("prune", f"{what} they are pruned ÷ without a prune", "ms", "<= 1.5")
+    returning = Row("prune-return", f"{what} freed space is handed back ÷ without", "ms", "<= 1.5")
+    pace = Row(
+        "prune-pace",
+        f"rows pruned ÷ readings taken, {count:,} readings at full speed, {spooled:,} rows due",
+        "rows",
+        ">= 1.0",
     )
+    speed = Row("prune-speed", "the same: readings taken while pruning ÷ without", "msg/s", "")
     with TemporaryDirectory(prefix="sluice-bench-") as name:
-        for kind, age_s in (("old", OLD_S), ("young", 0.0)):
-            fill(Path(name) / kind, spooled, age_s=age_s)
+        spools = _spools(Path(name), spooled)
         for _ in range(rounds):
-            ours = _steady(Path(name) / "old", spooled, pruning=True)
-            reference = _steady(Path(name) / "young", spooled, pruning=False).deleting
-            for row, took in ((deleting, ours.deleting), (returning, ours.later)):
-                if len(took) < MESSAGES_MIN and row is deleting:
-                    raise BenchError(f"only {len(took)} messages while pruning: larger --count")
-                if len(took) < MESSAGES_MIN:
-                    continue
-                row.ours.append(percentile(took, 0.99))
-                row.reference.append(percentile(reference, 0.99))
+            reference = _steady(spools["young"], spooled)
+            for row, kind in ((pruning, "due"), (returning, "pruned")):
+                ours = _steady(spools[kind], spooled)
+                if not (ours.pruned if row is pruning else ours.returned_bytes > 0):
+                    raise BenchError(f"nothing of it happened: {ours.pruned} rows went")
+                row.ours.append(percentile(ours.took_ms, 0.99))
+                row.reference.append(percentile(reference.took_ms, 0.99))
                 row.notes.append(
-                    f"{len(took):,} messages; median {percentile(took, 0.5):.2f} ms, without "
-                    f"{percentile(reference, 0.5):.2f} ms"
+                    f"{len(ours.took_ms):,} messages; median {percentile(ours.took_ms, 0.5):.2f} "
+                    f"ms, without {percentile(reference.took_ms, 0.5):.2f} ms; "
+                    f"{ours.pruned / STEADY_S:,.0f} rows pruned a second, "
+                    f"{ours.returned_bytes / 1e6:,.0f} MB handed back"
                 )
-    return [row for row in (deleting, returning) if row.ours]
+            per_s, gone = _flood(spools["due"], spooled, count)
+            pace.ours.append(gone)
+            pace.reference.append(count)
+            speed.ours.append(per_s)
+            speed.reference.append(_flood(spools["young"], spooled, count)[0])
+    return [pruning, returning, pace, speed]
 
 
 def ceiling_rows(rounds: int, count: int) -> list[Row]:

@@ -11,6 +11,7 @@ from spool import (
     Ballast,
     Budget,
     Level,
+    Pruner,
     Retention,
     Salvage,
     SinkFile,
@@ -27,6 +28,10 @@ UNCHANGED_PROGRESS_INTERVAL_S = 15.0
 LEVEL_INTERVAL_S = 1.0
 BALLAST_INTERVAL_S = 60.0
 RETURN_SPACE_STEP_BYTES = 1024 * 1024
+RETURN_SPACE_BUSY_STEP_BYTES = 256 * 1024
+RETURN_SPACE_BUSY_INTERVAL_S = 0.1
+"""While readings come, so that they hardly notice."""
+
 RETURN_SPACE_ABOVE_BYTES = 64 * 1024 * 1024
 """Free pages below this are kept for reuse; a file that was once large shrinks to it."""
 
@@ -63,6 +68,7 @@ class Housekeeping:
     ) -> None:
         self._sinks = sinks
         self._retention = retention
+        self._pruner = Pruner(retention, clock)
         self._budget = budget
         self._ballast = ballast
         self.salvage = salvage
@@ -74,6 +80,7 @@ class Housekeeping:
         self._stored_at = float("-inf")
         self._level_at = float("-inf")
         self._ballast_at = float("-inf")
+        self._returned_at = float("-inf")
         self._told = Level.GOOD
         self.more = salvage is not None
         """Whether there is work left that should not wait for the next message."""
@@ -97,11 +104,11 @@ class Housekeeping:
         if now - self._level_at >= LEVEL_INTERVAL_S:
             self._level_at = now
             self._tell_level(level, writer)
-        pruned = self._prune(writer, pressure=level >= Level.PRESSURE)
-        if not pruned and writer.free_bytes() > RETURN_SPACE_ABOVE_BYTES:
-            writer.return_space(RETURN_SPACE_STEP_BYTES)
-            pruned = 1
-        self.more = bool(pruned) or (self.salvage is not None)
+        pruned = self._pruner.turn(
+            writer, self._progress, self._now_us(), pressure=level >= Level.PRESSURE
+        )
+        returned = not pruned and not self._pruner.along and self._return_space(writer, now)
+        self.more = bool(pruned) or returned or (self.salvage is not None)
         if now - self._ballast_at >= BALLAST_INTERVAL_S and level < Level.FULL:
             self._ballast_at = now
             self._ballast.take()
@@ -132,13 +139,22 @@ class Housekeeping:
             not new.same_as(old) for new, old in zip(self._progress, self._stored, strict=True)
         )
 
-    def _prune(self, writer: SpoolWriter, *, pressure: bool) -> int:
-        return self._retention.prune_step(writer, self._progress, self._now_us(), pressure=pressure)
+    def _return_space(self, writer: SpoolWriter, now: float) -> bool:
+        """Give free pages back, where there are many; return whether to go on at once."""
+        if writer.free_bytes() <= RETURN_SPACE_ABOVE_BYTES:
+            return False
+        if not self._pruner.busy:
+            writer.return_space(RETURN_SPACE_STEP_BYTES)
+            return True
+        if now - self._returned_at >= RETURN_SPACE_BUSY_INTERVAL_S:
+            self._returned_at = now
+            writer.return_space(RETURN_SPACE_BUSY_STEP_BYTES)
+        return False
 
     def make_room(self, writer: SpoolWriter, *, drop_oldest: bool) -> bool:
         """Free space for a batch that does not fit; return whether anything was freed."""
         self._read_progress(self._clock())
-        if self._prune(writer, pressure=True):
+        if self._retention.prune_step(writer, self._progress, self._now_us(), pressure=True):
             return True
         if not drop_oldest:
             if progress := self.progress_if_due():

@@ -29,9 +29,10 @@ another epoch is read from its start, a cursor beyond the spool's end is an alar
 A sink whose service takes rows at numbered places (:class:`AppendJournal`) notes each append
 before it sends it, so that a crash repeats the same rows at the same place.
 
-**Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes, in small steps,
-what every enabled sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep
-(:class:`Retention`). A sink whose file cannot be read holds everything.
+**Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes what every enabled
+sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep (:class:`Retention`): while readings
+come in the transaction of the next batch, otherwise in small steps (:class:`Pruner`). A sink
+whose file cannot be read holds everything.
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
@@ -66,7 +67,7 @@ from spool.records import (
     row_crc,
 )
 from spool.recovery import Salvage, confirmed, set_aside
-from spool.retention import Retention
+from spool.retention import Pruner, Retention
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter
@@ -89,6 +90,7 @@ __all__ = [
     "Level",
     "NewReading",
     "NewerFormatError",
+    "Pruner",
     "Reading",
     "Rejection",
     "Retention",

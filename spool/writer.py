@@ -71,6 +71,7 @@ class SpoolWriter:
     def __init__(self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool) -> None:
         self._conn = conn
         self._bell = bell
+        self._along: tuple[int, int] | None = None
         self.path = path
         self.created = created
         """Whether this opening made the file (and its epoch)."""
@@ -167,7 +168,12 @@ class SpoolWriter:
             progress: A new snapshot of the sinks, if there is one; it rides along.
             meta: What else to remember in the same step.
         """
+        along, self._along = self._along, None
         with self._transaction("append") as conn:
+            if along is not None:
+                # Before the new rows, which then take the pages that these leave.
+                seq, older_than_us = along
+                _delete(conn, seq, "pruned", older_than_us)
             if readings:
                 conn.executemany(_INSERT_READING, readings)
             dropped = _insert_rejections(conn, rejections) if rejections else 0
@@ -209,22 +215,21 @@ class SpoolWriter:
             counter: ``pruned`` or ``dropped``.
             older_than_us: If given, only those received before this time.
         """
-        sql = "DELETE FROM reading_row WHERE seq <= ?"
-        parameters: tuple[int, ...] = (seq,)
-        if older_than_us is not None:
-            # Only a prefix may go, or seq would get holes: stop at the first that is younger.
-            sql += (
-                " AND seq < coalesce((SELECT min(seq) FROM reading_row"
-                " WHERE seq <= ? AND received_us >= ?), ?)"
-            )
-            parameters = (seq, seq, older_than_us, seq + 1)
         with self._transaction("delete") as conn:
-            deleted = conn.execute(sql, parameters).rowcount
-            if deleted:
-                conn.execute(_ADD_COUNTER, (counter, deleted))
-                if counter == "dropped":
-                    conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
-        return deleted
+            return _delete(conn, seq, counter, older_than_us)
+
+    def prune_along(self, seq: int, older_than_us: int) -> None:
+        """Have the next :meth:`append` do what :meth:`delete_through` does, in its transaction.
+
+        A page that is freed and filled again in one transaction is written once. Replaces what
+        was asked for before; lost with this writer, which is no harm.
+
+        Args:
+            seq: The last one to go, at most; 0 for none. The caller knows that nobody needs it
+                any more.
+            older_than_us: Only those received before this time.
+        """
+        self._along = (seq, older_than_us) if seq else None
 
     def first_seq(self) -> int:
         """Return the lowest seq in the spool, or one above the highest ever given."""
@@ -338,6 +343,24 @@ def _migrate(conn: sqlite3.Connection, path: Path) -> None:
         migrate(conn, spool_migrations, initialise)
     except OSError as error:
         raise StorageFaultError(f"migrate {path} failed: {error}") from error
+
+
+def _delete(conn: sqlite3.Connection, seq: int, counter: str, older_than_us: int | None) -> int:
+    sql = "DELETE FROM reading_row WHERE seq <= ?"
+    parameters: tuple[int, ...] = (seq,)
+    if older_than_us is not None:
+        # Only a prefix may go, or seq would get holes: stop at the first that is younger.
+        sql += (
+            " AND seq < coalesce((SELECT min(seq) FROM reading_row"
+            " WHERE seq <= ? AND received_us >= ?), ?)"
+        )
+        parameters = (seq, seq, older_than_us, seq + 1)
+    deleted = conn.execute(sql, parameters).rowcount
+    if deleted:
+        conn.execute(_ADD_COUNTER, (counter, deleted))
+        if counter == "dropped":
+            conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
+    return deleted
 
 
 def _insert_rejections(conn: sqlite3.Connection, rejections: Sequence[Rejection]) -> int:

@@ -106,11 +106,19 @@ def test_a_new_file_is_wal_full_incremental_and_marked_as_ours(writer: SpoolWrit
     conn = writer._conn  # noqa: SLF001 - the pragmas of this very connection are the claim
     pragmas = {
         name: conn.execute(f"PRAGMA {name}").fetchone()[0]
-        for name in ("journal_mode", "synchronous", "auto_vacuum", "user_version", "trusted_schema")
+        for name in (
+            "journal_mode",
+            "synchronous",
+            "secure_delete",
+            "auto_vacuum",
+            "user_version",
+            "trusted_schema",
+        )
     }
     assert pragmas == {
         "journal_mode": "wal",
         "synchronous": 2,
+        "secure_delete": 0,
         "auto_vacuum": 2,
         "user_version": 1,
         "trusted_schema": 0,
