@@ -1,5 +1,7 @@
 """A fake of ``tests.fakes`` that answers later, as a service does that is not on this machine.
 
+That of BigQuery is for load (:mod:`bench.load_bigquery`), also where it is near.
+
 ``python -m bench.distant pubsub|bigquery --delay-ms D`` prints what ``python -m tests.fakes``
 prints: a JSON line when it serves, and one with its counts at each SIGUSR1. Requests wait side
 by side; only those that bring data wait.
@@ -11,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
+from bench.load_bigquery import LoadBigQuery
+from tests.fakes import FakePubSub, FakeWriteApi
 
 _SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
@@ -22,12 +25,13 @@ def main() -> None:
     parser.add_argument("kind", choices=["pubsub", "bigquery"])
     parser.add_argument("--delay-ms", type=float, required=True)
     parser.add_argument("--table", default="")
+    parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     # Blocked before any thread starts, so that all inherit it and only sigwait gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     delay_s = arguments.delay_ms / 1e3
     if arguments.kind == "pubsub":
-        with FakePubSub(keep=False) as pubsub:
+        with FakePubSub(arguments.port, keep=False) as pubsub:
             pubsub.faults.delay(delay_s)
             _serve(
                 pubsub.port,
@@ -37,9 +41,10 @@ def main() -> None:
                 },
             )
     else:
-        with FakeBigQuery(keep=False) as bigquery:
+        with LoadBigQuery(arguments.port) as bigquery:
             bigquery.create_table(arguments.table)
-            bigquery.faults.delay(delay_s)
+            if delay_s:
+                bigquery.faults.delay(delay_s)
             with FakeWriteApi(bigquery.store, latency_s=delay_s, strict=False) as write_api:
                 _serve(
                     bigquery.port,

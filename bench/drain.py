@@ -4,7 +4,7 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from bench.fill import APP_ENV, fill
@@ -16,7 +16,6 @@ from bench.servers import (
     Fake,
     PubSub,
     bigquery_environ,
-    distant_bigquery,
     fake_bigquery,
     fake_pubsub,
     pubsub_servers,
@@ -38,6 +37,8 @@ class Run:
     per_s: float
     cpu_us: float
     rss_mb: float = 0.0
+    service_us: float = 0.0
+    """Processor time that the service took for each row; 0 where nobody looked."""
 
 
 def draining_since(process: Process) -> float:
@@ -113,32 +114,34 @@ def official_pubsub(server: PubSub, count: int) -> Run:
         return run
 
 
-def _bigquery(setup: Rig, delay_ms: float) -> Fake:
-    directory = setup.directory
-    return distant_bigquery(directory, delay_ms) if delay_ms else fake_bigquery(directory)
-
-
 def to_bigquery(count: int, delay_ms: float = 0.0, method: str = "insert_all") -> Run:
     """Fill a spool and drain it to a new fake of BigQuery."""
     with rig() as setup:
         fill(setup.spool_dir, count)
-        fake = _bigquery(setup, delay_ms)
+        fake = fake_bigquery(setup.directory, delay_ms=delay_ms)
         setup.start(fake.process)
         environ = {**bigquery_environ(fake), "BIGQUERY_WRITE_METHOD": method}
+        before_s = fake.process.usage().cpu_s
         run = forwarder(setup, "bigquery", count, 0, environ)
-        _all_arrived(fake.counts()["tables"][TABLE_REF], count, "the forwarder")
-        return run
+        return _with_service(run, fake, before_s, count)
 
 
 def plain_bigquery(count: int, delay_ms: float = 0.0) -> Run:
     """Insert the same rows in a plain loop."""
     with rig() as setup:
-        fake = _bigquery(setup, delay_ms)
+        fake = fake_bigquery(setup.directory, delay_ms=delay_ms)
         setup.start(fake.process)
         url = f"http://127.0.0.1:{fake.port}"
+        before_s = fake.process.usage().cpu_s
         run = reference(setup, ["bench.insert_rows_loop", url, TABLE_REF, str(count)], count)
-        _all_arrived(fake.counts()["tables"][TABLE_REF], count, "the plain loop")
-        return run
+        return _with_service(run, fake, before_s, count)
+
+
+def _with_service(run: Run, fake: Fake, before_s: float, count: int) -> Run:
+    """Return the run with what it cost the service, which must have received all of it."""
+    service_us = (fake.process.usage().cpu_s - before_s) * 1e6 / count
+    _all_arrived(fake.counts()["tables"][TABLE_REF], count, "a client of BigQuery")
+    return replace(run, service_us=service_us)
 
 
 def _all_arrived(arrived: int, count: int, who: str) -> None:
@@ -199,6 +202,11 @@ def _bigquery_rows(name: str, method: str, target: str, rounds: int, count: int)
             notes=[f"server: in-repo fake{late}, counted there; cursor at the end"],
         )
         for _ in range(rounds):
-            _add(row, to_bigquery(count, delay_ms, method), plain_bigquery(count, delay_ms))
+            ours, theirs = to_bigquery(count, delay_ms, method), plain_bigquery(count, delay_ms)
+            _add(row, ours, theirs)
+            row.notes.append(
+                f"CPU of the service: {ours.service_us:.1f} µs a row for ours, "
+                f"{theirs.service_us:.1f} for the reference (last round)"
+            )
         rows.append(row)
     return rows

@@ -47,7 +47,7 @@ class Fake:
         kind: ``pubsub`` or ``bigquery``.
         directory: For its log.
         arguments: Of ``python -m MODULE KIND``.
-        module: What serves; ``bench.distant`` for a service that is far away.
+        module: What serves; ``bench.distant`` for a service that is far away, or for load.
     """
 
     def __init__(
@@ -74,16 +74,12 @@ class Fake:
         return counts
 
 
-def fake_bigquery(directory: Path, port: int = 0) -> Fake:
-    """Start a fake of BigQuery with an empty table TABLE_REF."""
-    return Fake("bigquery", directory, f"--port={port}", f"--table={TABLE_REF}", "--create")
-
-
-def distant_bigquery(directory: Path, delay_ms: float) -> Fake:
-    """Start a fake of BigQuery whose answers take ``delay_ms`` longer."""
+def fake_bigquery(directory: Path, port: int = 0, delay_ms: float = 0.0) -> Fake:
+    """Start a fake of BigQuery with an empty table TABLE_REF, its answers ``delay_ms`` late."""
     return Fake(
         "bigquery",
         directory,
+        f"--port={port}",
         f"--delay-ms={delay_ms}",
         f"--table={TABLE_REF}",
         module="bench.distant",

@@ -1,22 +1,26 @@
 """What every BigQuery sink needs: credentials, the table and its columns, and who is to blame.
 
-Talks to the service by Google's client and google-auth's session; the rows are the sinks'.
+Talks to the service by Google's client; the rows are the sinks'.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import google.auth
 import google.auth.exceptions
-import requests.exceptions
+import requests
+import requests.utils
 from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
 from google.auth.credentials import AnonymousCredentials, Credentials
-from google.auth.transport.requests import AuthorizedSession
+from google.auth.transport.requests import Request
 from google.cloud import bigquery
 
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_http, credentials_problem
+from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
     CLUSTER_COLUMNS,
@@ -35,6 +39,7 @@ DEFAULT_ENDPOINT = "https://bigquery.googleapis.com"
 NEW_TABLE_SETTLES_S = 600.0
 """A table that was just created may answer notFound for some minutes."""
 
+_PROXY_REMEDY = "set HTTPS_PROXY to http://HOST:PORT, or NO_PROXY=googleapis.com"
 _NAMES_REMEDY = "check GCP_PROJECT_ID, BIGQUERY_DATASET and BIGQUERY_TABLE"
 
 NO_RETRY: Any = None
@@ -65,7 +70,8 @@ class TableService:
         )
         self.root = settings.bigquery_emulator_host.rstrip("/") or DEFAULT_ENDPOINT
         self._client: bigquery.Client | None = None
-        self._session: AuthorizedSession | None = None
+        self._credentials: Credentials | None = None
+        self._connections: InsertConnections | None = None
         self._created_at = float("-inf")
 
     def close(self) -> None:
@@ -73,20 +79,38 @@ class TableService:
         if self._client is not None:
             self._client.close()
             self._client = None
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        if self._connections is not None:
+            self._connections.close()
+            self._connections = None
 
-    def session(self) -> AuthorizedSession:
-        """Return a session that carries the credentials.
+    def session(self) -> InsertConnections:
+        """Return what rows are inserted over, with credentials that are valid for a delivery.
 
         Raises:
-            FaultError: There are none, or they cannot be had now.
+            FaultError: There are none, or they cannot be had now; or there is no way there.
         """
         self._connect()
-        if self._session is None:
-            raise RuntimeError("no session after connecting")
-        return self._session
+        try:
+            if self._connections is None:
+                self._connections = self._new_connections()
+            self._connections.authorize()
+        except UnsupportedProxyError as error:
+            fault = Fault(FaultKind.HOLD, f"no way to BigQuery by the proxy {error}", _PROXY_REMEDY)
+            raise FaultError(fault) from error
+        except Exception as error:
+            raise FaultError(self.judge(error)[1]) from error
+        return self._connections
+
+    def _new_connections(self) -> InsertConnections:
+        if self._credentials is None:
+            raise RuntimeError("no credentials after connecting")
+        project, dataset, table = self.table.split(".", 2)
+        url = (
+            f"{self.root}/bigquery/v2/projects/{project}/datasets/{dataset}/tables/"
+            f"{quote(table)}/insertAll"
+        )
+        authorization = _Authorization(self._credentials, url, self._deadline_s)
+        return InsertConnections(_route(url), authorization)
 
     def _connect(self) -> bigquery.Client:
         if self._client is None:
@@ -97,7 +121,7 @@ class TableService:
                     credentials = AnonymousCredentials()
                 else:
                     credentials, _ = google.auth.default(scopes=bigquery.Client.SCOPE)
-                self._session = AuthorizedSession(credentials)
+                self._credentials = credentials
                 self._client = bigquery.Client(
                     project=self._settings.gcp_project_id,
                     credentials=credentials,
@@ -223,3 +247,47 @@ class TableService:
             "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
             f"--role=roles/bigquery.dataEditor {project}:{dataset}.{table}"
         )
+
+
+class _Authorization:
+    """Google's credentials, as the insert connections want them.
+
+    Args:
+        credentials: Those of the client.
+        url: What is posted to.
+        deadline_s: Of each request for a token.
+    """
+
+    def __init__(self, credentials: Credentials, url: str, deadline_s: float) -> None:
+        self._credentials = credentials
+        self._url = url
+        self._request: Any = partial(Request(), timeout=deadline_s)
+
+    def headers(self) -> Mapping[str, str]:
+        headers: dict[str, str] = {}
+        self._credentials.before_request(self._request, "POST", self._url, headers)
+        return headers
+
+    def renewed(self) -> Mapping[str, str]:
+        if not isinstance(self._credentials, AnonymousCredentials):  # which cannot be renewed
+            self._credentials.refresh(self._request)
+        return self.headers()
+
+
+def _route(url: str) -> Route:
+    """Return the way to ``url`` that requests would take, as Google's client does.
+
+    That is HTTPS_PROXY and NO_PROXY, and REQUESTS_CA_BUNDLE or its own list of authorities: with
+    others, of the table's schema and its rows only one might come through.
+    """
+    with requests.Session() as session:
+        found = session.merge_environment_settings(url, {}, None, None, None)
+    proxy = requests.utils.select_proxy(url, found["proxies"])
+    authorities = (
+        found["verify"]
+        if isinstance(found["verify"], str)
+        else requests.utils.DEFAULT_CA_BUNDLE_PATH
+    )
+    if proxy:
+        proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
+    return Route(url, proxy or "", authorities)

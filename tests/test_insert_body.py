@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forwarder.event import rfc3339
 from forwarder.insertbody import encoder_for
 from forwarder.table import COLUMNS
 from spool import Reading
 
+TIMES = list(enumerate([5, 5, 6, 5, 1_700_000_000_000_000, 1_700_000_000_000_000, 0]))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50)
 
 
@@ -52,3 +54,10 @@ def test_only_the_columns_that_the_table_has_are_written(left_out: set[str]) -> 
     body = json.loads(encoder_for(columns, "s").body([row("A", 1.0, "{}")] * 2))
     for entry in body["rows"]:
         assert set(entry["json"]) == {c.name for c in columns}
+
+
+def test_each_row_has_its_own_times() -> None:
+    rows = [(n, b"\x01" * 16, at, at + 7, "A", "s", "T", 1.0, "t", b"{}", 0) for n, at in TIMES]
+    body = json.loads(encoder_for(COLUMNS, "s").body(rows))
+    written = [(e["json"]["received_at"], e["json"]["timestamp"]) for e in body["rows"]]
+    assert written == [(rfc3339(at), rfc3339(at + 7)) for _, at in TIMES]

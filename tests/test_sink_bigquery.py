@@ -1,5 +1,6 @@
 """What is BigQuery's own: tables, columns, per-row errors, and names that are wrong."""
 
+import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -16,6 +17,7 @@ from tests.fakes.tables import READINGS
 from tests.test_sink_contract import readings
 
 TABLE = "p-1.d.readings"
+SOON_S = 5.0
 
 
 @pytest.fixture
@@ -255,3 +257,33 @@ def test_requests_hold_no_more_rows_than_is_recommended(
     fake.create_table(TABLE)
     assert sink.deliver(readings(3 * REQUEST_MAX_ROWS + 1)) == Delivery()
     assert fake.requests == 4
+
+
+def test_payloads_are_cut_into_requests_before_the_service_refuses_them(
+    fake: FakeBigQuery, sink: InsertAllSink
+) -> None:
+    fake.create_table(TABLE)
+    assert sink.deliver(readings(40, payload=b'{"t":"%s"}' % (b"x" * 200_000))) == Delivery()
+    assert fake.requests == 2
+
+
+def test_a_quota_that_is_used_up_is_waited_for_although_it_is_called_forbidden(
+    fake: FakeBigQuery, sink: InsertAllSink
+) -> None:
+    fake.create_table(TABLE)
+    fake.faults.status(403, "quotaExceeded")
+    delivery = sink.deliver(readings(5))
+    assert len(delivery.retry) == 5
+    assert delivery.fault is not None
+    assert delivery.fault.kind is FaultKind.TRANSIENT
+
+
+def test_it_tells_that_it_waits_while_the_service_still_works(
+    fake: FakeBigQuery, sink: InsertAllSink
+) -> None:
+    fake.create_table(TABLE)
+    told = threading.Event()
+    fake.faults.poison = lambda _: not told.wait(SOON_S)
+    sink.meanwhile = told.set
+    assert sink.deliver(readings(1200)) == Delivery()
+    assert fake.count == 1200

@@ -55,10 +55,15 @@ Handler = Callable[[Request], Reply | None]
 
 
 class HttpServer:
-    """Serves on 127.0.0.1 until stopped; may be started again."""
+    """Serves on 127.0.0.1 until stopped; may be started again.
+
+    Attributes:
+        accepted: How many connections there were so far.
+    """
 
     def __init__(self, handle: Handler, port: int = 0) -> None:
         self.port = port
+        self.accepted = 0
         self._handle = handle
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
@@ -123,6 +128,7 @@ class HttpServer:
                         connection.close()
                         return
                     self._connections.add(connection)
+                    self.accepted += 1
                 self._spawn(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
