@@ -10,13 +10,14 @@ import logging
 import random
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
+from forwarder.batch import Batch, find_gaps
+from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
@@ -55,51 +56,6 @@ SPOOL_CHECK_S = 1.0
 DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
-
-_seq_of = itemgetter(0)
-
-
-@dataclass
-class _Batch:
-    """Rows read together, and what is known of them so far."""
-
-    after_seq: int
-    rows: Sequence[Reading]
-    gaps: list[Gap]
-    dead: list[DeadLetter] = field(default_factory=list)
-    settled_seq: int = 0
-
-    def settle_before(self, seq: int, epoch: str) -> Settlement:
-        """Return what is decided up to, and without, ``seq``; each row is counted once."""
-        done = seq - 1
-        dead = [d for d in self.dead if d.row[0] <= done]
-        gaps = [g for g in self.gaps if g.last_seq <= done]
-        passed = self._rows_through(done) - self._rows_through(self.settled_seq)
-        self.dead = [d for d in self.dead if d.row[0] > done]
-        self.gaps = [g for g in self.gaps if g.last_seq > done]
-        self.settled_seq = done
-        return Settlement(epoch, done, passed - len(dead), dead, gaps)
-
-    def _rows_through(self, seq: int) -> int:
-        return bisect_right(self.rows, seq, key=_seq_of)
-
-
-def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> list[Gap]:
-    """Return the numbers that are missing between ``after_seq`` and the last row."""
-    if rows[-1][0] - after_seq == len(rows):
-        return []
-    gaps = []
-    expected = after_seq + 1
-    for row in rows:
-        if row[0] != expected:
-            reason = (
-                "dropped by SPOOL_FULL_POLICY=drop-oldest"
-                if row[0] - 1 <= dropped_through
-                else "left the spool before this sink saw them (disabled, or its file was lost?)"
-            )
-            gaps.append(Gap(expected, row[0] - 1, reason))
-        expected = row[0] + 1
-    return gaps
 
 
 def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
@@ -155,6 +111,7 @@ class Drain:
         self._position = 0
         self._resume_through = 0
         self._status = ("", "")
+        self._ahead = ReadAhead(sink)
         self._deaf = ""
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
@@ -255,7 +212,7 @@ class Drain:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
         while not self._stop.requested:
-            rows = self._read(reader)
+            rows = self._ahead.take(self._position) or self._read(reader, self._position)
             if not rows:
                 # Rows may have been dropped unseen to the very last one.
                 self._position_check(reader)
@@ -264,17 +221,20 @@ class Drain:
             self._check_environment(reader, rows)
             any_rows = True
             begun = self._clock()
+            if len(rows) == self._batch_rows:  # then there is probably more
+                self._ahead.plan(rows[-1][0], partial(self._read, reader))
             self._deliver(reader, rows)
             if self._max_rate:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
+        self._ahead.forget()
         return any_rows
 
-    def _read(self, reader: SpoolReader) -> list[Reading]:
+    def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
-        interrupted = self._resume_through - self._position
+        interrupted = self._resume_through - after_seq
         if interrupted > 0:
-            return reader.read_after(self._position, interrupted, sys.maxsize)
-        return reader.read_after(self._position, self._batch_rows, self._sink.max_bytes)
+            return reader.read_after(after_seq, interrupted, sys.maxsize)
+        return reader.read_after(after_seq, self._batch_rows, self._sink.max_bytes)
 
     def _position_check(self, reader: SpoolReader) -> None:
         last = reader.last_seq()
@@ -295,8 +255,8 @@ class Drain:
 
     def _deliver(self, reader: SpoolReader, rows: list[Reading]) -> None:
         """Deliver one batch, for as long as it takes, or until asked to stop."""
-        batch = _Batch(self._position, rows, [], settled_seq=self._position)
-        batch.gaps = find_gaps(self._position, rows, reader.dropped_through())
+        gaps = find_gaps(self._position, rows, reader.dropped_through())
+        batch = Batch(rows, gaps, settled_seq=self._position)
         self._note_gaps(batch.gaps)
         todo: list[Reading] = []
         damaged: list[Reading] = []
@@ -327,7 +287,7 @@ class Drain:
             if self._wait_after(delivery.fault, failures, len(todo)):
                 return
 
-    def _settle(self, reader: SpoolReader, batch: _Batch, before_seq: int) -> None:
+    def _settle(self, reader: SpoolReader, batch: Batch, before_seq: int) -> None:
         if before_seq - 1 > batch.settled_seq:
             self._settle_durably(batch.settle_before(before_seq, reader.epoch))
             self._position = batch.settled_seq

@@ -13,7 +13,7 @@ import logging
 import queue
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import google.auth
@@ -100,6 +100,8 @@ class PubSubSink:
         self._metadata = (("x-goog-request-params", f"topic={topic}"),)
         self._client: PublisherClient | None = None
         self._publish: grpc.UnaryUnaryMultiCallable | None = None
+        self.meanwhile: Callable[[], object] = lambda: None
+        """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Publish ``rows``; see :class:`forwarder.sink.Sink`."""
@@ -176,7 +178,11 @@ class PubSubSink:
         ended: queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]] = queue.SimpleQueue()
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         in_flight = sum(self._send_next(lane, ended) for lane in lanes)
+        only_waits = False
         while in_flight:
+            if not only_waits and not any(lane.waiting for lane in lanes):
+                only_waits = True
+                self.meanwhile()
             # Bounded by the deadline of each call.
             future, lane, sent = ended.get()
             in_flight -= 1

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forwarder.backoff import BACKOFF_MAX_S, HOLD_RETRY_S
-from forwarder.drain import Drain, find_gaps, pause_for_rate_s
+from forwarder.batch import find_gaps
+from forwarder.drain import Drain, pause_for_rate_s
 from forwarder.sink import Delivery, Fault, FaultKind
 from lifecycle import StopRequest, Watchdog
 from spool import (

@@ -1,0 +1,65 @@
+"""A batch of rows on its way, and what is known of it so far."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+from spool import DeadLetter, Gap, Reading, Settlement
+
+_seq_of = itemgetter(0)
+
+
+@dataclass
+class Batch:
+    """Rows read together, and what is known of them so far.
+
+    Attributes:
+        rows: In the order of seq; at least one.
+        gaps: The numbers that are missing before and between them.
+        settled_seq: Up to here all is settled; at first the position after which they were read.
+        dead: Those that no service takes, not settled yet.
+    """
+
+    rows: Sequence[Reading]
+    gaps: list[Gap]
+    settled_seq: int
+    dead: list[DeadLetter] = field(default_factory=list)
+
+    def settle_before(self, seq: int, epoch: str) -> Settlement:
+        """Return what is decided up to, and without, ``seq``; each row is counted once."""
+        done = seq - 1
+        dead = [d for d in self.dead if d.row[0] <= done]
+        gaps = [g for g in self.gaps if g.last_seq <= done]
+        passed = self._rows_through(done) - self._rows_through(self.settled_seq)
+        self.dead = [d for d in self.dead if d.row[0] > done]
+        self.gaps = [g for g in self.gaps if g.last_seq > done]
+        self.settled_seq = done
+        return Settlement(epoch, done, passed - len(dead), dead, gaps)
+
+    def _rows_through(self, seq: int) -> int:
+        return bisect_right(self.rows, seq, key=_seq_of)
+
+
+def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> list[Gap]:
+    """Return the numbers that are missing between ``after_seq`` and the last row.
+
+    Args:
+        after_seq: The position after which ``rows`` were read.
+        rows: At least one.
+        dropped_through: Up to here a missing number is one that the spool itself dropped.
+    """
+    if rows[-1][0] - after_seq == len(rows):
+        return []
+    gaps = []
+    expected = after_seq + 1
+    for row in rows:
+        if row[0] != expected:
+            reason = (
+                "dropped by SPOOL_FULL_POLICY=drop-oldest"
+                if row[0] - 1 <= dropped_through
+                else "left the spool before this sink saw them (disabled, or its file was lost?)"
+            )
+            gaps.append(Gap(expected, row[0] - 1, reason))
+        expected = row[0] + 1
+    return gaps
