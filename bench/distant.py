@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, required=True)
     parser.add_argument("--table", default="")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--write-port", type=int, default=0)
     arguments = parser.parse_args()
     # Blocked before any thread starts, so that all inherit it and only sigwait gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -45,7 +46,8 @@ def main() -> None:
             bigquery.create_table(arguments.table)
             if delay_s:
                 bigquery.faults.delay(delay_s)
-            with FakeWriteApi(bigquery.store, latency_s=delay_s, strict=False) as write_api:
+            port = arguments.write_port
+            with FakeWriteApi(bigquery.store, port, latency_s=delay_s, strict=False) as write_api:
                 _serve(
                     bigquery.port,
                     lambda: {

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.fill import APP_ENV, fill
+from bench.ingest import Run
 from bench.latency import percentile
-from bench.processes import BenchError, Process, Usage
+from bench.processes import BenchError, Process
 from bench.report import Row
 from bench.rig import START_TIMEOUT_S, Rig, rig
 from bench.servers import NAMES
@@ -153,28 +154,50 @@ def rows(rounds: int, count: int) -> list[Row]:
 
 
 def ceiling_rows(rounds: int, count: int) -> list[Row]:
-    """Return what the collector takes when no broker stands in its way."""
+    """Return what the collector takes, and plain paho, when no broker stands in their way."""
     row = Row(
         "collector-ceiling",
         f"collector, {count:,} readings from a broker of prebuilt packets, each synced before its "
-        "PUBACK, acknowledged in order",
+        "PUBACK, acknowledged in order ÷ a plain paho subscriber that stores nothing",
         "msg/s",
         "",
     )
     for _ in range(rounds):
-        with rig() as setup:
-            broker, port = wire_broker(setup, "flood", f"--count={count}")
-            environ = {"APP_ENV": "LOCAL", "MQTT_PORT": str(port), **WITHOUT_SINKS}
-            collector = setup.collector(**environ)
-            before: Usage = collector.usage()
-            broker.say("go")
-            said = result(broker)
-            after = collector.usage()
-            if not said["in_order"]:
-                raise BenchError("the acknowledgements came out of order")
-            if setup.spool_counter("spooled") != count:
-                raise BenchError("not all that was acknowledged is spooled")
-            row.ours.append(count / said["seconds"])
-            row.cpu_us.append((after.cpu_s - before.cpu_s) * 1e6 / count)
-            row.rss_mb.append(after.rss_bytes / 1e6)
+        ours, theirs = _collector_flooded(count), _paho_flooded(count)
+        row.ours.append(ours.per_s)
+        row.cpu_us.append(ours.cpu_us)
+        row.rss_mb.append(ours.rss_mb)
+        row.reference.append(theirs.per_s)
+        row.notes.append(f"CPU of the reference: {theirs.cpu_us:.1f} µs a message")
     return [row]
+
+
+def _collector_flooded(count: int) -> Run:
+    with rig() as setup:
+        broker, port = wire_broker(setup, "flood", f"--count={count}")
+        environ = {"APP_ENV": "LOCAL", "MQTT_PORT": str(port), **WITHOUT_SINKS}
+        run = _flooded(broker, setup.collector(**environ), count)
+        if setup.spool_counter("spooled") != count:
+            raise BenchError("not all that was acknowledged is spooled")
+        return run
+
+
+def _paho_flooded(count: int) -> Run:
+    with rig() as setup:
+        broker, port = wire_broker(setup, "flood", f"--count={count}")
+        # One more than will come: it would leave before its last acknowledgement.
+        arguments = ["bench.paho_subscriber", str(port), str(count + 1)]
+        subscriber = setup.start(Process.python("paho", arguments, setup.directory))
+        subscriber.wait_output("subscribed", START_TIMEOUT_S)
+        return _flooded(broker, subscriber, count)
+
+
+def _flooded(broker: Process, client: Process, count: int) -> Run:
+    before = client.usage()
+    broker.say("go")
+    said = result(broker)
+    after = client.usage()
+    if not said["in_order"]:
+        raise BenchError("the acknowledgements came out of order")
+    cpu_us = (after.cpu_s - before.cpu_s) * 1e6 / count
+    return Run(count / said["seconds"], cpu_us, after.rss_bytes / 1e6)

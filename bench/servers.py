@@ -74,12 +74,15 @@ class Fake:
         return counts
 
 
-def fake_bigquery(directory: Path, port: int = 0, delay_ms: float = 0.0) -> Fake:
+def fake_bigquery(
+    directory: Path, port: int = 0, write_port: int = 0, delay_ms: float = 0.0
+) -> Fake:
     """Start a fake of BigQuery with an empty table TABLE_REF, its answers ``delay_ms`` late."""
     return Fake(
         "bigquery",
         directory,
         f"--port={port}",
+        f"--write-port={write_port}",
         f"--delay-ms={delay_ms}",
         f"--table={TABLE_REF}",
         module="bench.distant",

@@ -59,7 +59,7 @@ class Services:
         directory = self.setup.directory
         self.pubsub = Fake("pubsub", directory, f"--port={self.pubsub.port}", f"--topic={TOPIC}")
         self.setup.start(self.pubsub.process)
-        self.bigquery = fake_bigquery(directory, self.bigquery.port)
+        self.bigquery = fake_bigquery(directory, self.bigquery.port, self.bigquery.write_port)
         self.setup.start(self.bigquery.process)
 
 
