@@ -9,8 +9,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forwarder.appends import Append, Refusal
-from forwarder.bqservice import FaultError, TableService
-from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_grpc, credential_fault
+from forwarder.bqservice import TableService
+from forwarder.faults import (
+    CREDENTIALS_REMEDY,
+    PLUGIN_FAILURE,
+    Blame,
+    FaultError,
+    blame_grpc,
+)
+from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.writeapi import DEADLINE_S, Appender, CallError, WriteApi
@@ -31,6 +38,7 @@ class AppendCalls:
 
     Attributes:
         table: ``projects/P/datasets/D/tables/T``.
+        refusals: Counts refused rows; the sink tells it of deliveries and of accepted appends.
         unanswered: What was sent and has had no answer yet; after a CallError what never will.
     """
 
@@ -45,10 +53,11 @@ class AppendCalls:
         self._outdated = False
         self._appender: Appender | None = None
         self._changed_at = float("-inf")
+        self.refusals = RefusalRun()
         self.unanswered: deque[Append] = deque()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; the next ones have credentials that are read anew."""
         self.disconnect()
         self._service.close()
 
@@ -114,6 +123,32 @@ class AppendCalls:
         lagging = refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS"
         kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
         raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
+
+    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+        """Return if the rows that an append was refused for are at fault themselves.
+
+        Raises:
+            FaultError: It seems to be the table that refuses every row.
+        """
+        words = refusal.rows[0][1]
+        named = {index for index, _ in refusal.rows if 0 <= index < len(append.rows)}
+        if not named:
+            return  # that is for the sink to find out
+        if len(named) == len(append.rows):
+            if self.schema_settles:
+                problem = f"append: every row is refused, and the table has changed: {words}"
+                raise FaultError(Fault(FaultKind.TRANSIENT, problem))
+            self.refusals.refused(len(named))
+        elif max(named) < len(named):
+            # Of those behind them nothing is known: the service does not always name all.
+            self.refusals.refused(len(named), in_doubt=len(named) > 1)
+        else:
+            self.refusals.accepted()  # as good as accepted: they were looked at, and not named
+        if self.refusals.of_all:
+            raise FaultError(
+                refuses_all(f"append to {self._service.table}", words, self._service.look)
+            )
+        self.refusals.buried()
 
     def create_stream(self) -> str:
         """Make a stream; return its name.
@@ -225,9 +260,8 @@ class AppendCalls:
 
     def fault(self, what: str, error: CallError) -> Fault:
         """Return the fault to report when the service refuses ``what``, or cannot be reached."""
-        credentials = credential_fault(error.details) if error.code == "UNAVAILABLE" else None
-        if credentials is not None:
-            return credentials
+        if error.code == "UNAVAILABLE" and PLUGIN_FAILURE in error.details:
+            return self._api.why_no_token(error.details)
         problem = f"{what} of {self._service.table}: {error.code}: {error.details}"
         blame = blame_grpc(error.code)
         if blame is Blame.NOBODY or (error.code == "NOT_FOUND" and self._service.settling):
@@ -242,8 +276,7 @@ class AppendCalls:
             problem,
             remedy.get(
                 error.code,
-                "look at the table with: bq show --schema "
-                f"{self._service.table.replace('.', ':', 1)}; until it is mended, "
+                f"{self._service.look}; until it is mended, "
                 "BIGQUERY_WRITE_METHOD=insert_all may work",
             ),
         )

@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 from google.api_core.exceptions import GoogleAPICallError, from_http_status
 
-from forwarder.bqservice import FaultError, TableService
-from forwarder.faults import TRANSIENT_REASONS, Blame
+from forwarder.bqservice import TableService
+from forwarder.faults import TRANSIENT_REASONS, Blame, FaultError
 from forwarder.insertbody import encoder_for
 from forwarder.inserthttp import Answer, InsertConnections
+from forwarder.refusals import REFUSED_ALONE_MAX, RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import Column
 from lifecycle import Settings
@@ -65,8 +66,9 @@ class InsertAllSink:
         self._table = self._service.table
         self._columns: Sequence[Column] = ()
         self._give_back_at = float("inf")
+        self._refusals = RefusalRun()
         self.meanwhile: Callable[[], object] = lambda: None
-        """Called while a delivery waits for the service."""
+        """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
 
     def close(self) -> None:
@@ -77,27 +79,62 @@ class InsertAllSink:
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Insert ``rows``; see :class:`forwarder.sink.Sink`."""
         try:
-            connections = self._service.session()
-            if not self._columns:
-                self._columns = self._service.read_columns()
-            # One set for the whole delivery: a request that runs beside others must judge
-            # its answer by the columns it sent, and never send none.
-            columns = self._columns
-            self._give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+            delivery = self._deliver(rows)
         except FaultError as error:
-            return Delivery(retry=list(rows), fault=error.fault)
-        parts = self._pool.map(
-            lambda chunk: self._insert(connections, columns, chunk), _chunks(rows)
-        )
+            delivery = Delivery(retry=list(rows), fault=error.fault)
+        if delivery.fault is not None and delivery.fault.kind is FaultKind.HOLD:
+            # By the next try the key file may be another one.
+            self._service.close()
+        return delivery
+
+    def _deliver(self, rows: Sequence[Reading]) -> Delivery:
+        """Insert ``rows`` in requests side by side.
+
+        Raises:
+            FaultError: Nothing can be inserted now.
+        """
+        connections = self._service.session()
+        if not self._columns:
+            self._columns = self._service.read_columns()
+        # One set for the whole delivery: a request that runs beside others must judge its answer
+        # by the columns it sent, and never send none.
+        columns = self._columns
+        self._give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+        chunks = list(_chunks(rows))
+        parts = self._pool.map(lambda chunk: self._insert(connections, columns, chunk), chunks)
         # They are in other threads' hands: this one would only wait.
         self.meanwhile()
         delivery = Delivery()
-        for part in parts:
+        self._refusals.begin()
+        suspects: list[DeadLetter] = []
+        for chunk, part in zip(chunks, parts, strict=True):
             delivery.retry += part.retry
-            delivery.dead += part.dead
+            suspects += part.dead
+            self._refusals.refused(len(part.dead))
+            if len(part.dead) + len(part.retry) < len(chunk):
+                # The service took some: those that it did not are at fault themselves.
+                self._refusals.accepted()
+                delivery.dead += suspects
+                suspects.clear()
             if delivery.fault is None or (part.fault and part.fault.kind is FaultKind.HOLD):
                 delivery.fault = part.fault
+        self._end_search(suspects, delivery)
         return delivery
+
+    def _end_search(self, suspects: list[DeadLetter], delivery: Delivery) -> None:
+        """Bury the rows that were refused last, unless it is the table that refuses all."""
+        if not self._refusals.of_all:
+            delivery.dead += suspects
+            if delivery.retry and delivery.fault is None:
+                delivery.fault = self._unfinished()
+            return
+        delivery.retry = sorted([*delivery.retry, *(letter.row for letter in suspects)])
+        delivery.fault = refuses_all(
+            f"insert into {self._table}", suspects[0].detail, self._service.look
+        )
+
+    def _unfinished(self) -> Fault:
+        return Fault(FaultKind.TRANSIENT, f"insert into {self._table}: not finished yet")
 
     def _insert(
         self, connections: InsertConnections, columns: Sequence[Column], rows: list[Reading]
@@ -107,8 +144,7 @@ class InsertAllSink:
         encoder = encoder_for(tuple(columns), self._source)
         while rows:
             if time.monotonic() >= self._give_back_at:
-                fault = Fault(FaultKind.TRANSIENT, f"insert into {self._table}: not finished yet")
-                return Delivery(retry=rows, dead=dead, fault=fault)
+                return Delivery(retry=rows, dead=dead, fault=self._unfinished())
             try:
                 errors = self._post(connections, encoder.body(rows))
             except Exception as error:  # noqa: BLE001 - judged; what is not the service's is raised again
@@ -210,6 +246,9 @@ class InsertAllSink:
             return Delivery(dead=dead)
         half = len(rows) // 2
         left = self._insert(connections, columns, rows[:half])
+        if len(left.dead) == half > REFUSED_ALONE_MAX or (left.retry and left.fault is None):
+            # More would tell nothing new: the table may refuse every row.
+            return Delivery(retry=[*left.retry, *rows[half:]], dead=dead + left.dead)
         right = self._insert(connections, columns, rows[half:])
         return Delivery(
             retry=left.retry + right.retry,

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-import google.auth
 import google.auth.exceptions
 import requests
 import requests.utils
@@ -19,7 +18,8 @@ from google.auth.credentials import AnonymousCredentials, Credentials
 from google.auth.transport.requests import Request
 from google.cloud import bigquery
 
-from forwarder.faults import CREDENTIALS_REMEDY, Blame, blame_http, credentials_problem
+from forwarder.access import cannot_build, find_credentials, token_fault
+from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
 from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
@@ -46,14 +46,6 @@ NO_RETRY: Any = None
 """Retrying is the drain loop's; the client's own would hide an outage from the operator."""
 
 
-class FaultError(Exception):
-    """Carries a fault from where it is found to where the delivery is reported."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
-
-
 class TableService:
     """One table of the service, with the connection to it.
 
@@ -75,7 +67,7 @@ class TableService:
         self._created_at = float("-inf")
 
     def close(self) -> None:
-        """Close the connections; the next use opens them again."""
+        """Close the connections; the next use opens them again, with credentials read anew."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -115,26 +107,17 @@ class TableService:
     def _connect(self) -> bigquery.Client:
         if self._client is None:
             emulator = self._settings.bigquery_emulator_host
+            self._credentials = (
+                AnonymousCredentials() if emulator else find_credentials(bigquery.Client.SCOPE)
+            )
             try:
-                credentials: Credentials
-                if emulator:
-                    credentials = AnonymousCredentials()
-                else:
-                    credentials, _ = google.auth.default(scopes=bigquery.Client.SCOPE)
-                self._credentials = credentials
                 self._client = bigquery.Client(
                     project=self._settings.gcp_project_id,
-                    credentials=credentials,
+                    credentials=self._credentials,
                     client_options={"api_endpoint": emulator} if emulator else None,
                 )
-            except google.auth.exceptions.DefaultCredentialsError as error:
-                raise FaultError(
-                    Fault(FaultKind.HOLD, credentials_problem(error), CREDENTIALS_REMEDY)
-                ) from error
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
-                raise FaultError(
-                    Fault(FaultKind.TRANSIENT, f"cannot build the client: {error}")
-                ) from error
+                raise FaultError(cannot_build(error)) from error
         return self._client
 
     def read_columns(self) -> Sequence[Column]:
@@ -201,13 +184,12 @@ class TableService:
         """Return who has to act, and the fault to report. Raises what is not the service's."""
         if isinstance(error, GoogleAPICallError):
             return self._judge_http(error)
-        if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
-            fault = Fault(FaultKind.HOLD, f"no access token: {error}", CREDENTIALS_REMEDY)
-            return Blame.OPERATOR, fault
+        if isinstance(error, google.auth.exceptions.GoogleAuthError):
+            fault = token_fault(error)
+            return (Blame.OPERATOR if fault.kind is FaultKind.HOLD else Blame.NOBODY), fault
         if isinstance(
             error,
-            google.auth.exceptions.GoogleAuthError
-            | requests.exceptions.RequestException
+            requests.exceptions.RequestException
             | RetryError
             | OSError
             # The service, or a proxy before it, answered something that is no JSON.
@@ -232,6 +214,11 @@ class TableService:
     def settling(self) -> bool:
         """Whether the table is so new that the service may not find it yet."""
         return time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
+
+    @property
+    def look(self) -> str:
+        """The command that shows what the table is like."""
+        return f"look at the table with: bq show --schema {self.table.replace('.', ':', 1)}"
 
     def remedy(self, status: int) -> str:
         """Return what to do about an HTTP status 401, 403 or 404."""

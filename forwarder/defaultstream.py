@@ -21,7 +21,7 @@ from forwarder.appends import (
     refusal_of_status,
     without_too_large,
 )
-from forwarder.bqservice import FaultError
+from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
 from forwarder.writeapi import CallError
@@ -52,6 +52,7 @@ class DefaultStreamSink:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery()
         delivery.retry, delivery.dead = without_too_large(rows)
+        self._calls.refusals.begin()
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         try:
             while delivery.retry:
@@ -61,6 +62,9 @@ class DefaultStreamSink:
                     raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
         except FaultError as error:
             delivery.fault = error.fault
+            if error.fault.kind is FaultKind.HOLD:
+                # By the next try the key file may be another one.
+                self._calls.close()
         return delivery
 
     def _append(self, delivery: Delivery) -> None:
@@ -87,6 +91,7 @@ class DefaultStreamSink:
                 refusal = refusal_of(answer, None, repeated=False)
                 if refusal is None:
                     del todo[append.cut.offset]
+                    self._calls.refusals.accepted()
                 else:
                     refused.append((append, refusal))
             if refused:
@@ -105,6 +110,7 @@ class DefaultStreamSink:
         if refusal.meaning is Meaning.ROWS:
             if self._calls.columns_changed():
                 return  # not the rows: the table is another one now
+            self._calls.blame_rows(append, refusal)
             letters = leave_out(append, refusal)
             if not letters:
                 problem = f"append: an error without a row: {refusal.details}"

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from forwarder.sink import Fault, FaultKind
+from forwarder.sink import Fault
 
 
 class Blame(Enum):
@@ -16,23 +16,26 @@ class Blame(Enum):
     """One of the rows in the request: find it."""
 
 
-TRANSIENT_CODES = frozenset(
-    {
-        "ABORTED",
-        "CANCELLED",
-        "DEADLINE_EXCEEDED",
-        "INTERNAL",
-        "RESOURCE_EXHAUSTED",
-        "UNAVAILABLE",
-        "UNKNOWN",
-    }
-)
-"""https://cloud.google.com/pubsub/docs/reference/error-codes: those worth another try."""
-
-HOLD_CODES = frozenset(
-    {"NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
-)
-ROW_CODES = frozenset({"INVALID_ARGUMENT", "OUT_OF_RANGE"})
+GRPC_CODES = {
+    "ABORTED": Blame.NOBODY,
+    "ALREADY_EXISTS": Blame.NOBODY,
+    "CANCELLED": Blame.NOBODY,
+    "DATA_LOSS": Blame.NOBODY,
+    "DEADLINE_EXCEEDED": Blame.NOBODY,
+    "FAILED_PRECONDITION": Blame.OPERATOR,
+    "INTERNAL": Blame.NOBODY,
+    "INVALID_ARGUMENT": Blame.ROWS,
+    "NOT_FOUND": Blame.OPERATOR,
+    "OUT_OF_RANGE": Blame.ROWS,
+    "PERMISSION_DENIED": Blame.OPERATOR,
+    "RESOURCE_EXHAUSTED": Blame.NOBODY,
+    "UNAUTHENTICATED": Blame.OPERATOR,
+    "UNAVAILABLE": Blame.NOBODY,
+    "UNIMPLEMENTED": Blame.OPERATOR,
+    "UNKNOWN": Blame.NOBODY,
+}
+"""https://cloud.google.com/pubsub/docs/reference/error-codes. Of a code that is not here nobody
+knows that it is anybody's fault."""
 
 TRANSIENT_REASONS = frozenset(
     {
@@ -50,28 +53,35 @@ TRANSIENT_REASONS = frozenset(
 """https://cloud.google.com/bigquery/docs/error-messages: those that pass by themselves. A
 quota counts among them, although it comes as HTTP 403."""
 
-HTTP_TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-HTTP_HOLD = frozenset({401, 402, 403, 404, 407})
-HTTP_ROWS = frozenset({400, 413})
+HTTP_STATUSES = {
+    400: Blame.ROWS,
+    401: Blame.OPERATOR,
+    402: Blame.OPERATOR,
+    403: Blame.OPERATOR,
+    404: Blame.OPERATOR,
+    407: Blame.OPERATOR,
+    413: Blame.ROWS,
+}
+"""All others pass by themselves, or are not known to be anybody's fault."""
 
 PLUGIN_FAILURE = "Getting metadata from plugin failed"
-_NETWORK_WORDS = (
-    "ConnectionError",
-    "TransportError",
-    "Max retries",
-    "timed out",
-    "Timeout",
-    "resolve",
-    "Connection refused",
-    "unreachable",
-)
+"""Of a gRPC call that could not have an access token, for whatever reason."""
+
+_CLOCK_WORDS = ("short-lived token", "reasonable timeframe", "iat and exp")
+"""Google's, of a token request whose times are not of today. A key has no part in that."""
+
+
+class FaultError(Exception):
+    """Carries a fault from where it is found to where the delivery is reported."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
 
 
 def blame_grpc(code: str) -> Blame:
     """Return who has to act after a call ended with the gRPC status ``code``."""
-    if code in HOLD_CODES:
-        return Blame.OPERATOR
-    return Blame.ROWS if code in ROW_CODES else Blame.NOBODY
+    return GRPC_CODES.get(code, Blame.NOBODY)
 
 
 def blame_http(status: int, reason: str) -> Blame:
@@ -81,38 +91,22 @@ def blame_http(status: int, reason: str) -> Blame:
         status: The HTTP status.
         reason: ``error.errors[0].reason``; empty if there is none.
     """
-    if reason in TRANSIENT_REASONS or status in HTTP_TRANSIENT:
+    if reason in TRANSIENT_REASONS:
         return Blame.NOBODY
-    if status in HTTP_HOLD:
-        return Blame.OPERATOR
-    return Blame.ROWS if status in HTTP_ROWS else Blame.NOBODY
-
-
-def credential_fault(details: str) -> Fault | None:
-    """Return a fault that names the credentials, if ``details`` is about them.
-
-    A revoked or expired key arrives as UNAVAILABLE with this text, and so does a network
-    that is down while a token has to be renewed: the former wants a person, the latter time.
-    """
-    if PLUGIN_FAILURE not in details:
-        return None
-    network = any(word in details for word in _NETWORK_WORDS) and "invalid_grant" not in details
-    return Fault(
-        FaultKind.TRANSIENT if network else FaultKind.HOLD,
-        f"no access token could be had (credentials): {details}",
-        "" if network else CREDENTIALS_REMEDY,
-    )
-
-
-def credentials_problem(error: Exception) -> str:
-    """Return why there are no credentials, in google-auth's first words alone.
-
-    What else such an error carries may quote the key file itself.
-    """
-    return f"no credentials: {error.args[0] if error.args else type(error).__name__}"
+    return HTTP_STATUSES.get(status, Blame.NOBODY)
 
 
 CREDENTIALS_REMEDY = (
     "check GOOGLE_APPLICATION_CREDENTIALS: the key may be revoked, expired or unreadable; list "
     "keys with: gcloud iam service-accounts keys list --iam-account=ACCOUNT"
 )
+CLOCK_REMEDY = (
+    "this machine's clock is wrong: look at it with timedatectl, and let it be set by: "
+    "timedatectl set-ntp true"
+)
+
+
+def credentials_remedy(words: str) -> str:
+    """Return what to do about credentials that are refused in these words."""
+    wrong_clock = any(part in words for part in _CLOCK_WORDS)
+    return CLOCK_REMEDY if wrong_clock else CREDENTIALS_REMEDY

@@ -10,6 +10,7 @@ Nothing of Google's is known here; what allows to insert comes from an :class:`A
 
 import contextlib
 import http.client
+import io
 import select
 import ssl
 import threading
@@ -18,10 +19,16 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    import socket
+
+    from _typeshed import WriteableBuffer
 
 ANSWER_MAX_BYTES = 16 * 1024 * 1024
 """The errors of a request's rows have room in it; what is longer is no answer of the service."""
@@ -129,7 +136,7 @@ class InsertConnections:
         Args:
             body: JSON.
             deadline_s: For everything together, from the connection to the answer's last byte,
-                as long as the other side does not trickle.
+                however slowly it comes.
 
         Raises:
             OSError: There is no connection, it broke, or the deadline has passed. The request
@@ -157,12 +164,11 @@ class InsertConnections:
         connection = self._connected(ends_at)
         sent = keep = False
         try:
-            _limit(connection, ends_at)
+            _limit(connection.sock, ends_at)
             # A server may answer, and hang up, before it has read everything.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", self._target, body, self._all_headers(headers))
                 sent = True
-            _limit(connection, ends_at)
             response = connection.getresponse()
             content = response.read(ANSWER_MAX_BYTES)
             # Without a length, only the end of the connection tells that it was all.
@@ -193,9 +199,11 @@ class InsertConnections:
             while True:
                 connection, since = self._idle.pop()
                 if time.monotonic() - since < IDLE_MAX_S and not _readable(connection):
+                    _read_until(connection, ends_at)
                     return connection
                 connection.close()
         connection = self._new(max(0.001, ends_at - time.monotonic()))
+        _read_until(connection, ends_at)  # the proxy's answer too
         try:
             connection.connect()
         except BaseException as error:
@@ -228,12 +236,58 @@ def _context(authorities: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=authorities)
 
 
-def _limit(connection: http.client.HTTPConnection, ends_at: float) -> None:
+class _Pieces(io.RawIOBase):
+    """What comes over a socket; each piece has what is left of the time.
+
+    A socket's own timeout begins anew with each byte, and a byte a second is an answer that
+    never ends.
+
+    Args:
+        connected: The socket.
+        ends_at: When to give up, of ``time.monotonic``.
+    """
+
+    def __init__(self, connected: "socket.socket", ends_at: float) -> None:
+        self._socket = connected
+        # As long as this is open, a closed connection's socket stays readable.
+        self._raw = connected.makefile("rb", buffering=0)
+        self._ends_at = ends_at
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return itself as the response wants it, which takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int | None:
+        _limit(self._socket, self._ends_at)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _read_until(connection: http.client.HTTPConnection, ends_at: float) -> None:
+    """Let the connection's next responses be read until ``ends_at``, and no longer."""
+    response: Any = partial(_response, ends_at)
+    connection.response_class = response
+
+
+def _response(
+    ends_at: float, connected: "socket.socket", *, method: str | None
+) -> http.client.HTTPResponse:
+    source: Any = _Pieces(connected, ends_at)
+    return http.client.HTTPResponse(source, method=method)
+
+
+def _limit(connected: "socket.socket", ends_at: float) -> None:
     """Give what comes next until ``ends_at``."""
     left_s = ends_at - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("timed out")
-    connection.sock.settimeout(left_s)
+    connected.settimeout(left_s)
 
 
 def _readable(connection: http.client.HTTPConnection) -> bool:

@@ -16,21 +16,16 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import google.auth
-import google.auth.exceptions
 import grpc
-from google.auth.credentials import AnonymousCredentials
+from google.auth.credentials import AnonymousCredentials, Credentials
+from google.auth.exceptions import GoogleAuthError
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.types import PublishResponse as _PublishResponse
 
-from forwarder.faults import (
-    CREDENTIALS_REMEDY,
-    Blame,
-    blame_grpc,
-    credential_fault,
-    credentials_problem,
-)
+from forwarder.access import cannot_build, find_credentials, why_no_token
+from forwarder.faults import CREDENTIALS_REMEDY, PLUGIN_FAILURE, Blame, FaultError, blame_grpc
+from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
 from lifecycle import Settings
@@ -100,6 +95,10 @@ class PubSubSink:
         self._metadata = (("x-goog-request-params", f"topic={topic}"),)
         self._client: PublisherClient | None = None
         self._publish: grpc.UnaryUnaryMultiCallable | None = None
+        self._credentials: Credentials | None = None
+        self._refusals = RefusalRun()
+        self._suspects: list[DeadLetter] = []
+        """Refused since the last row that was accepted in this delivery."""
         self.meanwhile: Callable[[], object] = lambda: None
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
 
@@ -107,18 +106,22 @@ class PubSubSink:
         """Publish ``rows``; see :class:`forwarder.sink.Sink`."""
         try:
             self._connect()
-        except google.auth.exceptions.DefaultCredentialsError as error:
-            problem = credentials_problem(error)
-            return _nothing(rows, FaultKind.HOLD, problem, CREDENTIALS_REMEDY)
-        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
-            # Some kinds of credentials already call the network when they are made.
-            return _nothing(rows, FaultKind.TRANSIENT, f"cannot build the client: {error}")
+        except FaultError as error:
+            return Delivery(retry=list(rows), fault=error.fault)
+        self._refusals.begin()
+        self._suspects.clear()
         delivery = Delivery()
         self._run(self._lanes(rows, delivery), delivery)
         # Lanes end in any order; the cursor needs the order of seq.
         delivery.retry.sort()
-        if delivery.fault is not None and "DEADLINE_EXCEEDED" in delivery.fault.problem:
-            self.close()  # the path may be dead: the next try begins with a new connection
+        fault = delivery.fault
+        if fault is not None:
+            if PLUGIN_FAILURE in fault.problem and self._credentials is not None:
+                fault = delivery.fault = why_no_token(self._credentials, fault.problem)
+            if fault.kind is FaultKind.HOLD or "DEADLINE_EXCEEDED" in fault.problem:
+                # The key file may be another one by the next try, or the path may be dead: it
+                # begins with a new connection.
+                self.close()
         return delivery
 
     def close(self) -> None:
@@ -136,13 +139,18 @@ class PubSubSink:
             transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
         else:
             host = self._endpoint or PublisherClient.DEFAULT_ENDPOINT
-            credentials, _ = google.auth.default(scopes=PublisherGrpcTransport.AUTH_SCOPES)
-            channel = PublisherGrpcTransport.create_channel(
-                host if ":" in host else f"{host}:443",
-                credentials=credentials,
-                scopes=PublisherGrpcTransport.AUTH_SCOPES,
-                options=CHANNEL_OPTIONS,
-            )
+            if not host.rpartition(":")[2].isdigit():  # a colon may be IPv6's
+                host = f"{host}:443"
+            self._credentials = find_credentials(PublisherGrpcTransport.AUTH_SCOPES)
+            try:
+                channel = PublisherGrpcTransport.create_channel(
+                    host,
+                    credentials=self._credentials,
+                    scopes=PublisherGrpcTransport.AUTH_SCOPES,
+                    options=CHANNEL_OPTIONS,
+                )
+            except (GoogleAuthError, OSError, ValueError) as error:
+                raise FaultError(cannot_build(error)) from error
             transport = PublisherGrpcTransport(host=host, channel=channel)
         self._client = PublisherClient(transport=transport)
         self._publish = transport.grpc_channel.unary_unary(
@@ -178,6 +186,7 @@ class PubSubSink:
         ended: queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]] = queue.SimpleQueue()
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         in_flight = sum(self._send_next(lane, ended) for lane in lanes)
+        parked: list[_Lane] = []
         only_waits = False
         while in_flight:
             if not only_waits and not any(lane.waiting for lane in lanes):
@@ -190,7 +199,11 @@ class PubSubSink:
             if lane.waiting and time.monotonic() >= give_back_at:
                 fault = Fault(FaultKind.TRANSIENT, f"publish to {self._topic}: not finished yet")
                 self._give_back(lane, delivery, fault)
-            in_flight += self._send_next(lane, ended)
+            parked.append(lane)
+            if not self._refusals.enough:
+                in_flight += sum(self._send_next(lane, ended) for lane in parked)
+                parked.clear()
+        self._end_search(parked, delivery)
 
     def _send_next(
         self,
@@ -221,18 +234,39 @@ class PubSubSink:
             code, details = "CANCELLED", "the call was cancelled"
         else:
             if len(answer.message_ids) == len(sent):
+                self._refusals.accepted()
+                delivery.dead += self._suspects
+                self._suspects.clear()
                 return
             code = "UNKNOWN"
             details = f"{len(answer.message_ids)} message ids came for {len(sent)} messages"
         blame = blame_grpc(code)
         if blame is Blame.ROWS and len(sent) == 1:
-            delivery.dead.append(DeadLetter(sent[0], code.lower(), details))
+            self._suspects.append(DeadLetter(sent[0], code.lower(), details))
+            self._refusals.refused()
         elif blame is Blame.ROWS:
             # The service names no message: halve until the guilty one stands alone.
             _split(lane, sent)
         else:
             lane.waiting.appendleft(sent)
             self._give_back(lane, delivery, self._fault(code, details, blame))
+
+    def _end_search(self, parked: list[_Lane], delivery: Delivery) -> None:
+        """Bury the rows that were refused last, unless it is the topic that refuses all."""
+        if not self._refusals.of_all:
+            delivery.dead += self._suspects
+            return
+        project, topic = self._topic.split("/")[1::2]
+        fault = refuses_all(
+            f"publish to {self._topic}",
+            self._suspects[0].detail,
+            "look at its schema and mend it: "
+            f"gcloud pubsub topics describe {topic} --project={project}",
+        )
+        delivery.retry += [letter.row for letter in self._suspects]
+        delivery.fault = fault
+        for lane in parked:
+            self._give_back(lane, delivery, fault)
 
     def _give_back(self, lane: _Lane, delivery: Delivery, fault: Fault) -> None:
         """End the lane: what it has not delivered is to be tried again."""
@@ -243,9 +277,6 @@ class PubSubSink:
             delivery.fault = fault
 
     def _fault(self, code: str, details: str, blame: Blame) -> Fault:
-        credentials = credential_fault(details) if code == "UNAVAILABLE" else None
-        if credentials is not None:
-            return credentials
         problem = f"publish to {self._topic}: {code}: {details}"
         if blame is Blame.NOBODY:
             return Fault(FaultKind.TRANSIENT, problem)
@@ -280,7 +311,3 @@ def _over_limit(row: Reading) -> str:
         if size > limit:
             return f"{what} has {size} bytes; Pub/Sub takes at most {limit}"
     return ""
-
-
-def _nothing(rows: Sequence[Reading], kind: FaultKind, problem: str, remedy: str = "") -> Delivery:
-    return Delivery(retry=list(rows), fault=Fault(kind, problem, remedy))

@@ -32,7 +32,7 @@ from forwarder.appends import (
     repeat_cuts,
     without_too_large,
 )
-from forwarder.bqservice import FaultError
+from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.writeapi import CallError
 from lifecycle import Settings, fields
@@ -110,10 +110,14 @@ class StorageSink:
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery(retry=list(rows))
+        self._calls.refusals.begin()
         try:
             self._deliver(delivery)
         except FaultError as error:
             delivery.fault = error.fault
+            if error.fault.kind is FaultKind.HOLD:
+                # By the next try the key file may be another one.
+                self._calls.close()
         except DiskFullError as error:
             # Whether the journal was written is unknown: read it again before anything is sent.
             self._known = None
@@ -246,6 +250,7 @@ class StorageSink:
                     calls.drain()
                     return refusal
                 done.append(todo.popleft())
+                calls.refusals.accepted()
                 self._behind_since = None
         except CallError as error:
             refusal = refusal_of_status(error.code, error.details, error.kind)
@@ -273,11 +278,7 @@ class StorageSink:
             # could find its offset free once these have moved.
             self._finalize(journal, delivery, "rows are refused after answers were lost")
             return
-        if len(refusal.rows) >= len(todo[0].rows) and self._calls.schema_settles:
-            problem = (
-                f"append: every row is refused, and the table has changed: {refusal.rows[0][1]}"
-            )
-            raise FaultError(Fault(FaultKind.TRANSIENT, problem))
+        self._calls.blame_rows(todo[0], refusal)
         letters = leave_out(todo[0], refusal)
         if not letters:
             raise FaultError(

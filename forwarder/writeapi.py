@@ -10,11 +10,10 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import google.auth
-import google.auth.exceptions
 import grpc
+from google.auth.exceptions import GoogleAuthError
 from google.cloud.bigquery_storage_v1 import types
 from google.cloud.bigquery_storage_v1.services.big_query_write import BigQueryWriteClient
 from google.cloud.bigquery_storage_v1.services.big_query_write.transports import (
@@ -23,10 +22,13 @@ from google.cloud.bigquery_storage_v1.services.big_query_write.transports import
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
-from forwarder.bqservice import FaultError
-from forwarder.faults import CREDENTIALS_REMEDY, credentials_problem
+from forwarder.access import cannot_build, find_credentials, why_no_token
+from forwarder.faults import FaultError
 from forwarder.sink import Fault, FaultKind
 from lifecycle import Settings
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
 
 CHANNEL_OPTIONS = (
     # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
@@ -86,6 +88,8 @@ class WriteApi:
         self._emulator = settings.bigquery_storage_emulator_host
         self._table = table
         self._channel: grpc.Channel | None = None
+        self._credentials: Credentials | None = None
+        """Of the last channel; none for an emulator."""
 
     def close(self) -> None:
         """Close the channel; the next call opens another one."""
@@ -103,28 +107,32 @@ class WriteApi:
             return self._channel
         transport = BigQueryWriteGrpcTransport
         channel: grpc.Channel
-        try:
-            if self._emulator:
-                channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
-            else:
-                credentials, _ = google.auth.default(scopes=transport.AUTH_SCOPES)
+        if self._emulator:
+            channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
+        else:
+            # Each channel reads them anew: the key file may be another one since.
+            self._credentials = find_credentials(transport.AUTH_SCOPES)
+            try:
                 channel = transport.create_channel(
                     f"{BigQueryWriteClient.DEFAULT_ENDPOINT}:443",
-                    credentials=credentials,
+                    credentials=self._credentials,
                     scopes=transport.AUTH_SCOPES,
                     options=CHANNEL_OPTIONS,
                 )
-        except google.auth.exceptions.DefaultCredentialsError as error:
-            raise FaultError(
-                Fault(FaultKind.HOLD, credentials_problem(error), CREDENTIALS_REMEDY)
-            ) from error
-        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
-            # Some kinds of credentials already call the network when they are made.
-            raise FaultError(
-                Fault(FaultKind.TRANSIENT, f"cannot build the client: {error}")
-            ) from error
+            except (GoogleAuthError, OSError, ValueError) as error:
+                raise FaultError(cannot_build(error)) from error
         self._channel = channel
         return channel
+
+    def why_no_token(self, details: str) -> Fault:
+        """Return the fault to report for a call that could not have an access token.
+
+        Args:
+            details: The words of its status.
+        """
+        if self._credentials is None:
+            return Fault(FaultKind.TRANSIENT, f"no access token: {details}")
+        return why_no_token(self._credentials, details)
 
     def create_stream(self) -> str:
         """Make a stream whose rows are in the table once they are confirmed; return its name.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -38,7 +39,7 @@ Topic = Annotated[
 ]
 Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}$")]
 Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}$")]
-HostPort = Annotated[str, Meta(pattern=r"^[^\s/:]+(:\d{1,5})?$")]
+HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
 Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?$")]
 
 
@@ -125,14 +126,20 @@ _EXPECTED = {
     "pubsub_enabled": "true or false",
     "bigquery_enabled": "true or false",
     "pubsub_endpoint": "a host or host:port, such as europe-west1-pubsub.googleapis.com:443",
-    "pubsub_emulator_host": "host:port",
+    "pubsub_emulator_host": "host:port, such as localhost:8085 or [::1]:8085",
     "bigquery_create_table": "true or false",
     "bigquery_write_method": "storage (exactly once), storage_default or insert_all",
     "bigquery_emulator_host": "a URL without a path, such as http://localhost:9050",
-    "bigquery_storage_emulator_host": "host:port",
+    "bigquery_storage_emulator_host": "host:port, such as localhost:9060 or [::1]:9060",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
     "log_format": "json or text",
 }
+_ADDRESSES = (
+    "pubsub_endpoint",
+    "pubsub_emulator_host",
+    "bigquery_emulator_host",
+    "bigquery_storage_emulator_host",
+)
 _READABLE_FILES = (
     "mqtt_password_file",
     "mqtt_tls_ca_file",
@@ -201,6 +208,8 @@ def _convert(field: str, raw: str, hint: object) -> object:
         raise ValueError("epoch and epoch_ms cannot be told apart; choose one")
     if field == "spool_dir" and isinstance(converted, Path) and not converted.is_absolute():
         raise ValueError("the path is not absolute")
+    if field in _ADDRESSES:
+        _check_address(raw)
     if field in _READABLE_FILES and isinstance(converted, Path):
         _check_readable(converted)
     return converted
@@ -211,6 +220,15 @@ def _size(raw: str) -> int:
     if match is None:
         raise ValueError("not a size")
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
+
+
+def _check_address(text: str) -> None:
+    """Refuse what has the form of an address, but leads nowhere."""
+    parts = urlsplit(text if "://" in text else f"//{text}")
+    if not parts.hostname:
+        raise ValueError("there is no host")
+    if parts.port == 0:  # asking for it raises where it is above 65535
+        raise ValueError("nobody listens on port 0")
 
 
 def _check_readable(path: Path) -> None:

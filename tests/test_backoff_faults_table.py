@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.backoff import BACKOFF_FIRST_S, BACKOFF_MAX_S, backoff_s
-from forwarder.faults import (
-    CREDENTIALS_REMEDY,
-    PLUGIN_FAILURE,
-    Blame,
-    blame_grpc,
-    blame_http,
-    credential_fault,
-)
+from forwarder.faults import GRPC_CODES as TABLE_OF_CODES
+from forwarder.faults import Blame, blame_grpc, blame_http
 from forwarder.insertbody import BodyEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import CLUSTER_COLUMNS, COLUMNS, ExistingColumn, ddl, match
@@ -69,6 +63,7 @@ def test_each_grpc_code_has_somebody_to_act(code: str) -> None:
     rows = {"INVALID_ARGUMENT", "OUT_OF_RANGE"}
     expected = Blame.OPERATOR if code in operator else Blame.ROWS if code in rows else Blame.NOBODY
     assert blame_grpc(code) is expected
+    assert TABLE_OF_CODES[code] is expected, "the table is what decides"
 
 
 def test_a_code_that_nobody_knows_never_kills_a_row() -> None:
@@ -109,35 +104,6 @@ def test_each_http_answer_has_somebody_to_act(status: int, reason: str, blame: B
 @given(st.integers(100, 599), st.text(max_size=20))
 def test_only_400_and_413_can_ever_be_a_rows_fault(status: int, reason: str) -> None:
     assert blame_http(status, reason) is not Blame.ROWS or status in {400, 413}
-
-
-def test_a_revoked_key_is_a_hold_that_names_the_credentials() -> None:
-    fault = credential_fault(
-        f"{PLUGIN_FAILURE} with error: ('invalid_grant: Invalid JWT Signature.', {{}})"
-    )
-    assert fault is not None
-    assert fault.kind is FaultKind.HOLD
-    assert "credentials" in fault.problem
-    assert fault.remedy == CREDENTIALS_REMEDY
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "HTTPSConnectionPool(host='oauth2.googleapis.com', port=443): Max retries exceeded",
-        "TransportError: Failed to resolve 'oauth2.googleapis.com'",
-        "ConnectionError: [Errno 101] Network is unreachable",
-        "ReadTimeout: Read timed out.",
-    ],
-)
-def test_no_network_for_a_token_is_transient(words: str) -> None:
-    fault = credential_fault(f"{PLUGIN_FAILURE} with error: {words}")
-    assert fault is not None
-    assert (fault.kind, fault.remedy) == (FaultKind.TRANSIENT, "")
-
-
-def test_other_details_are_not_about_credentials() -> None:
-    assert credential_fault("failed to connect to all addresses") is None
 
 
 def row(seq: int, payload: str) -> Reading:

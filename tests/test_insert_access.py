@@ -152,6 +152,19 @@ def test_a_token_that_cannot_be_had_keeps_the_rows(
     assert sink.deliver(readings(5)) == Delivery()
 
 
+def test_after_a_hold_the_credentials_are_read_anew(
+    fake: FakeBigQuery, account: Account, sink: InsertAllSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key file may be another one by then."""
+    assert sink.deliver(readings(1)) == Delivery()
+    fake.faults.status(403, "accessDenied", times=1)
+    fault_of(sink.deliver(readings(5)), FaultKind.HOLD, 5)
+    other = Account()
+    monkeypatch.setattr(google.auth, "default", lambda **_: (other, "p-1"))
+    assert sink.deliver(readings(5)) == Delivery()
+    assert (account.refreshed, other.refreshed) == (1, 1)
+
+
 def test_an_emulator_that_wants_credentials_is_a_hold(fake: FakeBigQuery) -> None:
     """There are none to renew; only that must not hide what it said."""
     fake.faults.status(401, "authError", "who are you", times=None)

@@ -1,5 +1,6 @@
 """forwarder/inserthttp.py: one answer for each request, and nothing is sent twice unasked."""
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -140,6 +141,34 @@ def test_an_answer_that_does_not_come_ends_with_the_deadline(
     # Its answer must not be taken for that of the next request.
     service.answer = lambda _: Reply(200, b'{"next":1}')
     assert connections.post(BODY, DEADLINE_S) == Answer(200, b'{"next":1}')
+
+
+@pytest.mark.parametrize(
+    ("way", "at_once"), [("plain", 0), ("plain", 20), ("plain", 50), ("proxy", 0), ("proxy", 20)]
+)
+def test_an_answer_that_trickles_ends_with_the_deadline(way: str, at_once: int) -> None:
+    """Each byte comes in time, in the head or in the body, and the last one never would."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + bytes(999)
+    over = threading.Event()
+    with socket.create_server((HOST, 0)) as listener:
+
+        def trickle() -> None:
+            service, _ = listener.accept()
+            with service, contextlib.suppress(OSError):
+                service.sendall(answer[:at_once])
+                for n in range(at_once, len(answer)):
+                    service.sendall(answer[n : n + 1])
+                    if over.wait(SOON_S / 20):
+                        return
+
+        server = threading.Thread(target=trickle)
+        server.start()
+        url = f"http://{HOST}:{listener.getsockname()[1]}"
+        route = Route(f"{url}/") if way == "plain" else Route("https://localhost/", url)
+        with connected(route) as connections, pytest.raises(TimeoutError):
+            connections.post(BODY, SOON_S)
+        over.set()
+        server.join()
 
 
 def test_a_body_that_nobody_reads_ends_with_its_own_deadline() -> None:

@@ -204,6 +204,36 @@ def test_a_topic_that_pubsub_could_never_have_is_refused(text: str) -> None:
     assert problems(CLOUD | {"PUBSUB_TOPIC": text})
 
 
+ADDRESSES = {
+    "PUBSUB_ENDPOINT": "",
+    "PUBSUB_EMULATOR_HOST": "",
+    "BIGQUERY_EMULATOR_HOST": "http://",
+    "BIGQUERY_STORAGE_EMULATOR_HOST": "",
+}
+"""The variables that name a server, with what stands before its name."""
+
+
+@pytest.mark.parametrize("variable", ADDRESSES)
+@pytest.mark.parametrize(
+    "address", ["localhost", "localhost:1", "10.0.0.1:65535", "[::1]:8085", "[fe80::1]"]
+)
+def test_an_address_may_be_a_name_or_of_either_ip_version(variable: str, address: str) -> None:
+    value = ADDRESSES[variable] + address
+    loaded = load(BIGQUERY_WRITE_METHOD="insert_all", **{variable: value})
+    assert getattr(loaded, variable.lower()) == value
+
+
+@pytest.mark.parametrize("variable", ADDRESSES)
+@pytest.mark.parametrize(
+    "address", ["h:0", "h:65536", "h:99999", "[::1]:70000", "[::1", "::1", "[x]:1", "[:]:1"]
+)
+def test_an_address_that_leads_nowhere_is_refused(variable: str, address: str) -> None:
+    (problem,) = problems(
+        LOCAL | {"BIGQUERY_WRITE_METHOD": "insert_all", variable: ADDRESSES[variable] + address}
+    )
+    assert problem.startswith(f"{variable}: ")
+
+
 def test_epoch_in_two_units_is_a_contradiction() -> None:
     assert "choose one" in problems(LOCAL | {"TIMESTAMP_FORMATS": "epoch, epoch_ms"})[0]
     assert load(TIMESTAMP_FORMATS="naive, epoch").timestamp_formats == ("naive", "epoch")

@@ -5,9 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import google.auth
 import grpc
 import jsonschema
 import pytest
+from google.auth.credentials import Credentials
+from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,14 +160,74 @@ def test_no_grpc_code_raises_or_loses_a_row(
     assert sink.deliver(delivery.retry or rows[:1]).retry == []
 
 
-def test_a_revoked_key_is_told_as_a_problem_of_credentials(
-    fake: FakePubSub, sink: PubSubSink
+class Account(Credentials):
+    """Credentials that can have no token, for the reason given."""
+
+    def __init__(self, error: GoogleAuthError | None) -> None:
+        super().__init__()
+        self.error = error
+        self.asked = 0
+
+    def refresh(self, request: object) -> None:
+        assert callable(request)
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "remedy"),
+    [
+        (RefreshError("invalid_grant: Invalid JWT"), FaultKind.HOLD, "GOOGLE_APPLICATION_CRED"),
+        (RefreshError("unavailable", retryable=True), FaultKind.TRANSIENT, ""),
+        (TransportError("no route"), FaultKind.TRANSIENT, ""),
+        (None, FaultKind.TRANSIENT, ""),
+    ],
+)
+def test_a_call_without_a_token_is_judged_by_why_there_is_none(
+    fake: FakePubSub,
+    sink: PubSubSink,
+    error: GoogleAuthError | None,
+    kind: FaultKind,
+    remedy: str,
 ) -> None:
-    fake.faults.abort(grpc.StatusCode.UNAVAILABLE, f"{PLUGIN_FAILURE} with error: invalid_grant")
-    delivery = sink.deliver(readings(1))
+    account = sink._credentials = Account(error)  # noqa: SLF001 - an emulator needs none
+    fake.faults.abort(grpc.StatusCode.UNAVAILABLE, f"{PLUGIN_FAILURE} with error: ", times=3)
+    rows = readings(30)
+    delivery = sink.deliver(rows)
+    assert (delivery.retry, delivery.dead) == (rows, [])
     assert delivery.fault is not None
-    assert delivery.fault.kind is FaultKind.HOLD
-    assert "GOOGLE_APPLICATION_CREDENTIALS" in delivery.fault.remedy
+    assert delivery.fault.kind is kind
+    assert remedy in delivery.fault.remedy
+    assert account.asked == 1, "once for all sites"
+    assert sink.deliver(rows) == Delivery()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "target"),
+    [
+        ("", "pubsub.googleapis.com:443"),
+        ("europe-west1-pubsub.googleapis.com", "europe-west1-pubsub.googleapis.com:443"),
+        ("localhost:8443", "localhost:8443"),
+        ("[::1]", "[::1]:443"),
+        ("[::1]:8443", "[::1]:8443"),
+    ],
+)
+def test_an_endpoint_without_a_port_is_that_of_https(
+    fake: FakePubSub, endpoint: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def channel(host: str, **_: object) -> grpc.Channel:
+        asked.append(host)
+        return grpc.insecure_channel(fake.address)
+
+    monkeypatch.setattr(google.auth, "default", lambda **_: (Account(None), "p-1"))
+    monkeypatch.setattr(PublisherGrpcTransport, "create_channel", channel)
+    sink = made(fake, PUBSUB_EMULATOR_HOST="", PUBSUB_ENDPOINT=endpoint)
+    assert sink.deliver(readings(1)) == Delivery()
+    assert asked == [target]
+    sink.close()
 
 
 def test_a_hold_is_told_even_if_another_lane_failed_for_the_moment(

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 import forwarder.appends
 from forwarder.appendcalls import IN_FLIGHT_MAX
 from forwarder.appends import Append, Refusal
-from forwarder.bqservice import FaultError
 from forwarder.drain import Drain
+from forwarder.faults import FaultError
+from forwarder.refusals import RefusalRun
 from forwarder.sink import Fault, FaultKind
 from forwarder.storage import StorageSink
 from forwarder.writeapi import CallError
@@ -142,6 +143,7 @@ class ModelCalls:
     def __init__(self, service: Service, dice: Dice) -> None:
         self._service = service
         self._dice = dice
+        self.refusals = RefusalRun()
         self.unanswered: deque[Append] = deque()
         self._answers: deque[Any] = deque()
         self._stream = ""
@@ -155,11 +157,15 @@ class ModelCalls:
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.TRANSIENT, "the table cannot be read now"))
 
-    schema_settles = False
-
     def columns_changed(self) -> bool:
         self.prepare()
         return self._dice.strikes(0.2)
+
+    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+        assert append.rows
+        assert refusal.rows
+        if self._dice.strikes(0.2):
+            raise FaultError(Fault(FaultKind.HOLD, "every row is refused"))
 
     def adapt(self, refusal: Refusal) -> None:
         raise AssertionError(f"no schema error was planned: {refusal}")

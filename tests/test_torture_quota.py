@@ -152,6 +152,25 @@ def test_hours_without_permission_is_a_hold_and_loses_nothing(gate: Gate) -> Non
     assert_all_there(gate)
 
 
+def test_a_schema_that_refuses_every_row_is_a_hold_and_makes_no_dead_letter(gate: Gate) -> None:
+    gate.cloud.pubsub.faults.poison = lambda _: True
+    gate.cloud.poison_bigquery(lambda _: True)
+    states = set()
+    details = set()
+
+    def at_each_wait(now_s: float) -> None:
+        for state, detail in look(gate.state.path, "SELECT state, detail FROM status"):
+            states.add(state)
+            details.add(str(detail))
+        if now_s >= HOUR_S / 6:
+            gate.mend()
+
+    gate.drain(at_each_wait)
+    assert states - {"delivering"} == {"on hold"}
+    assert any("every row is refused" in detail for detail in details)
+    assert_all_there(gate)
+
+
 @pytest.mark.parametrize("told", [0, 0.5, 2])
 def test_fewer_or_more_ids_than_messages_are_no_success(tmp_path: Path, told: float) -> None:
     gate = Gate(tmp_path, "pubsub")

@@ -125,6 +125,11 @@ class TlsGate:
         self._listener: socket.socket | None = None
         self._threads: list[threading.Thread] = []
         self._ending = threading.Event()
+        self._era = 0
+
+    def hang_up(self) -> None:
+        """End the connections that are open; new ones may come."""
+        self._era += 1
 
     @property
     def url(self) -> str:
@@ -187,8 +192,8 @@ class TlsGate:
     def _carry(self, inside: ssl.SSLSocket, port: int) -> None:
         """Pass bytes both ways, in one thread: a TLS connection is no two threads' business."""
         with socket.create_connection((HOST, port), timeout=_TIMEOUT_S) as service:
-            first = True
-            while not self._ending.is_set():
+            first, era = True, self._era
+            while not self._ending.is_set() and self._era == era:
                 readable, _, _ = select.select([inside, service], [], [], 0.1)
                 if inside in readable:
                     data = inside.recv(_PIECE_BYTES)

@@ -26,6 +26,8 @@ class Mood(Enum):
     REVOKED = "invalid_grant"
     SKEWED = "a clock that is wrong"
     BROKEN = "503"
+    GONE = "hangs up"
+    SILENT = "does not answer"
 
 
 _ERRORS = {
@@ -39,6 +41,8 @@ _ERRORS = {
         ),
     ),
     Mood.BROKEN: (503, "internal_failure", "Service unavailable"),
+    Mood.GONE: (0, "", ""),  # no answer
+    Mood.SILENT: (0, "", ""),
 }
 
 
@@ -59,12 +63,17 @@ class TokenServer:
         self.assertions: list[str] = []
         self.revoked: set[str] = set()
         """Ids of keys that are no good any more, whatever the mood."""
+        self._ending = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
                 status, answer = outer._answer(self.rfile.read(length).decode())
+                if outer.mood is Mood.SILENT:
+                    outer._ending.wait()
+                if status == 0:
+                    return
                 body = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
@@ -85,6 +94,7 @@ class TokenServer:
 
     def __exit__(self, *_: object) -> None:
         """End."""
+        self._ending.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
