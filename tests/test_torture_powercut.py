@@ -11,7 +11,16 @@ import pytest
 from spool import event_id
 from tests.torture.broken import MUTATIONS
 from tests.torture.images import Disk
-from tests.torture.powercut import DATABASES, IMAGES_A_REVIVAL, Report, run, try_recording
+from tests.torture.powercut import (
+    DATABASES,
+    IMAGES_A_REVIVAL,
+    SECOND_CUTS_A_REVIVAL,
+    Report,
+    images_of,
+    judged,
+    run,
+    try_recording,
+)
 from tests.torture.recording import NoStraceError, Recording, record
 from tests.torture.revival import revive
 from tests.torture.syscalls import Event, Kind, merged
@@ -32,6 +41,10 @@ FOUND = {
     "cursor before confirmation": Wrong.UNCONFIRMED,
     "journal after sending": Wrong.UNJOURNALLED,
 }
+FOUND_BY_A_SECOND_CUT = {
+    "journal forgotten once read": Wrong.UNJOURNALLED,
+    "log folded in without syncs": Wrong.UNREADABLE,
+}
 
 
 def traced(what: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - stands for any function
@@ -50,6 +63,8 @@ def test_no_power_cut_loses_a_message() -> None:
     # What was recorded has what the images are to be about: promises, commits, checkpoints.
     assert report.acked >= report.messages
     assert report.revived >= IMAGES // IMAGES_A_REVIVAL
+    assert report.second == report.revived * SECOND_CUTS_A_REVIVAL
+    assert report.revived_twice
     for database in DATABASES:
         assert report.writes[database] > 30
         assert report.writes[f"{database}-wal"] > 500
@@ -91,12 +106,37 @@ def lagging(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, dict[s
     ],
 )
 def test_what_the_real_processes_make_of_an_image_is_judged(
-    lagging: tuple[Recording, dict[str, bytes], Truth], lost: str, wrong: set[Wrong]
+    lagging: tuple[Recording, dict[str, bytes], Truth],
+    lost: str,
+    wrong: set[Wrong],
+    tmp_path: Path,
 ) -> None:
     recording, files, truth = lagging
     left = {name: content for name, content in files.items() if name.partition("-")[0] != lost}
-    found = revive(left, truth, recording)
+    found = revive(left, truth, recording, tmp_path).violations
     assert {violation.wrong for violation in found} == wrong, found
+
+
+@pytest.mark.parametrize(("mutation", "wrong"), [("", None), *FOUND_BY_A_SECOND_CUT.items()])
+def test_a_build_that_is_broken_in_its_recovery_is_found_by_a_second_cut(
+    lagging: tuple[Recording, dict[str, bytes], Truth],
+    mutation: str,
+    wrong: Wrong | None,
+    tmp_path: Path,
+) -> None:
+    recording, files, truth = lagging
+    second = revive(files, truth, recording, tmp_path, change=mutation).recording
+    assert second is not None
+    chance = random.Random(SEED)  # noqa: S311 - no secret
+    # Each of them: what is missing may be missing between two events only.
+    happened = enumerate(second.events, 1)
+    cuts = [n for n, event in happened if Path(event.path).name.removesuffix("-wal") in DATABASES]
+    found = {
+        violation.wrong
+        for cut, left in images_of(second, cuts, chance, files)
+        for violation in judged(left, second.witness.truth(second.events[cut - 1].at))
+    }
+    assert found == set() if wrong is None else wrong in found
 
 
 @pytest.mark.parametrize("name", DATABASES)

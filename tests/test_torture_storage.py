@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Rig, assert_adds_up
+from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Program, Rig, assert_adds_up
 from tests.torture import storage_faults
 from tests.torture.report import Report
 
-ROUNDS = int(os.environ.get("SLUICE_FAULT_ROUNDS", "20"))
-"""Each is a fault for each of the three programs; 20 hold every action once."""
+ROUNDS = int(os.environ.get("SLUICE_FAULT_ROUNDS", "21"))
+"""Each is a fault for each of the three programs; 21 hold every action once."""
 
 SEED = int(os.environ.get("SLUICE_SEED", str(time.time_ns() % 2**32)))
 DISK_MIB = 24
+FULL_READINGS = 6_000
 ABORTED = -signal.SIGABRT
 """What gRPC does without a descriptor for its next poll; supervisord starts it again."""
 
@@ -50,6 +51,19 @@ def test_a_read_error_that_passes_is_not_taken_for_corruption(role: str) -> None
             fault = storage_faults.Fault("pread64", "error=EIO", str(which))
             assert storage_faults.live(rig, {role: fault}, report) == []
         assert report.counts["faults met"] > 1
+        assert storage_faults.settle(rig, tap, report) == []
+
+
+@needs_strace
+def test_a_write_that_ends_within_a_page_is_no_commit_and_is_told_with_75() -> None:
+    report = Report("writes in part", SEED)
+    with storage_faults.system() as (rig, tap):
+        storage_faults.start_whole(rig)
+        assert storage_faults.settle(rig, tap, report) == []
+        for steps in ("1", "30", "200"):
+            fault = storage_faults.Fault("pwrite64", storage_faults.IN_PART, steps)
+            assert storage_faults.live(rig, {COLLECTOR: fault}, report) == []
+        assert report.counts["faults met"] == report.counts["exit 75"] == 3
         assert storage_faults.settle(rig, tap, report) == []
 
 
@@ -127,3 +141,37 @@ def test_a_disk_that_became_read_only_is_waited_for_and_nothing_is_set_aside(
         rig.start()
         rig.wait_until_delivered()
         rig.assert_nothing_lost()
+
+
+@needs_strace
+def test_what_a_full_disk_takes_in_part_is_lost_in_no_file(small_disk: Path) -> None:
+    """A page of the write-ahead log lies across two of the disk's, of which one is to be had."""
+    spool_dir = small_disk / "spool"
+    spool_dir.mkdir(mode=0o2750)
+    os.chown(spool_dir, -1, 65_534)
+    with Rig(SPOOL_DIR=str(spool_dir)) as rig:
+        rig.books.directory = spool_dir
+        logs = {name: rig.directory / f"{name}.strace" for name in PROGRAMS}
+        for name, log in logs.items():
+            prefix = storage_faults.watching(spool_dir, name, "pwrite64", log)
+            command = [*prefix, *storage_faults.command(name)]
+            rig.programs[name] = Program(name, command, rig.variables, rig.programs[name].log)
+        rig.start()
+        rig.publish(100)
+        rig.wait_until_delivered()
+        hog = small_disk / "hog"
+        subprocess.run(
+            ["dd", "if=/dev/zero", f"of={hog}", "bs=4k"], check=False, capture_output=True
+        )
+        rig.publish(FULL_READINGS)
+        rig.programs[COLLECTOR].wait_for_log("the disk is full")
+        assert storage_faults.taken_in_part(logs[COLLECTOR])
+        hog.unlink()
+        # A forwarder may have ended with 75, as supervisord would see.
+        for name in FORWARDERS:
+            if not rig.programs[name].running:
+                assert rig.programs[name].wait() == 75
+                rig.programs[name].start()
+        rig.wait_until_delivered()
+        rig.assert_nothing_lost()
+        assert list(spool_dir.glob("*.damaged-*")) == []

@@ -1,28 +1,17 @@
 """``python -m tests.torture --hours N [--seed S]``: all parts in turn until the time is over.
 
-Every turn of every part has a seed of its own, drawn from the one that is printed first: with
-it a failed turn, or the whole run, is had again.
+Every turn of every part has a seed of its own, drawn from the one that is printed first. A
+turn that breaks a rule is had again by ``--turn``, with what is printed beside it; the whole run
+by ``--seed``. What is left to the timing of processes comes again only as often as it comes.
 """
 
 import argparse
-import importlib
 import random
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-PARTS: dict[str, int] = {
-    "kills": 60,
-    "storage_faults": 48,
-    "corruption": 24,
-    "powercut": 600,
-    "cloud_faults": 20,
-    "mqtt_faults": 20,
-    "fuzz": 20_000,
-}
-"""Each part and the size of one turn; each is a module here with ``run(size, seed)``."""
+from tests.torture import turns
 
 _HOUR_S = 3_600.0
 
@@ -30,43 +19,41 @@ _HOUR_S = 3_600.0
 def main(arguments: Sequence[str]) -> int:
     """Run; return 1 if any promise was broken."""
     parser = argparse.ArgumentParser(prog="tests/torture/run.sh", description=__doc__)
-    parser.add_argument("--hours", type=float, required=True, help="how long; parts of one will do")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
-    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="this part alone")
-    options = parser.parse_args(arguments)
-    _say(f"seed {options.seed}")
-    dice = random.Random(options.seed)  # noqa: S311 - a test's dice
-    until = time.monotonic() + options.hours * _HOUR_S
-    turns: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
-    violations = 0
-    while True:
-        for part in options.only or PARTS:
-            begun = time.monotonic()
-            violations += _turn(part, PARTS[part], dice.randrange(2**32))
-            turns[part] += 1
-            seconds[part] += round(time.monotonic() - begun)
-            if time.monotonic() >= until:
-                _say("")
-                for name, count in turns.items():
-                    _say(f"{name}: {count} turns of {PARTS[name]:,} in {seconds[name]:,} s")
-                _say(f"seed {options.seed}: {violations} violations")
-                return 1 if violations else 0
-
-
-def _turn(part: str, size: int, seed: int) -> int:
-    """Run one turn of one part; return how many violations there were."""
-    run: Callable[[int, int], object] = importlib.import_module(f"tests.torture.{part}").run
-    try:
-        report = run(size, seed)
-    except Exception:  # noqa: BLE001 - a part that breaks off has shown something, and the others go on
-        _say(f"{part}({size}, {seed}): {traceback.format_exc()}")
-        return 1
-    _say(f"{part}({size}, {seed}): {report}")
-    found: object = (
-        report["violations"] if isinstance(report, dict) else getattr(report, "violations")  # noqa: B009 - of any part's own class
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--hours", type=float, help="how long; parts of one will do")
+    length.add_argument(
+        "--turn", type=turns.Turn.parsed, metavar="PART:SIZE:SEED", help="one turn, once more"
     )
-    return found if isinstance(found, int) else len(found)  # type: ignore[arg-type]
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))  # noqa: S311 - no secret
+    parser.add_argument(
+        "--only", choices=sorted(turns.SIZES), action="append", help="this part alone"
+    )
+    options = parser.parse_args(arguments)
+    totals = turns.Totals()
+    if options.turn is not None:
+        _told(turns.take(options.turn), totals)
+    else:
+        _say(f"seed {options.seed}")
+        until = time.monotonic() + options.hours * _HOUR_S
+        schedule = (
+            turns.chosen(options.only, options.seed) if options.only else turns.rounds(options.seed)
+        )
+        for lanes in schedule:
+            for outcome in turns.side_by_side(lanes):
+                _told(outcome, totals)
+            if time.monotonic() >= until:
+                break
+        _say(f"\nseed {options.seed}")
+    violations = sum(totals.violations.values())
+    _say(f"{totals}\n\n{violations} violations")
+    return 1 if violations else 0
+
+
+def _told(outcome: turns.Outcome, totals: turns.Totals) -> None:
+    totals.add(outcome)
+    _say(f"{outcome.turn}: {outcome.text}")
+    if outcome.violations:
+        _say(f"VIOLATED; once more: tests/torture/run.sh --turn {outcome.turn}")
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,7 @@ from lifecycle import leave
 from spool import (
     AppendJournal,
     Cut,
+    Journal,
     Reading,
     Retention,
     Settlement,
@@ -94,6 +95,32 @@ def _journal_last() -> None:
     _replace(StorageSink, "_append", append_first)
 
 
+def _forget_what_was_read() -> None:
+    """The append journal is emptied as soon as a new process has it in its memory."""
+    load = AppendJournal.load
+
+    def load_once(self: AppendJournal) -> Journal:
+        journal = load(self)
+        with self._state.transaction("forget the append journal") as conn:
+            conn.execute("DELETE FROM append_cut")
+        return journal
+
+    _replace(AppendJournal, "load", load_once)
+
+
+def _fold_the_log_in_carelessly() -> None:
+    """What the last life left in the log is moved into the database at opening, unsynced."""
+    configure = connection._configure_owner  # noqa: SLF001 - what is to be broken
+
+    def configure_and_fold(conn: sqlite3.Connection) -> None:
+        configure(conn)
+        conn.execute("PRAGMA synchronous=OFF")
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        conn.execute("PRAGMA synchronous=FULL")
+
+    _replace(connection, "_configure_owner", configure_and_fold)
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     "synchronous=NORMAL": _sync_less,
     "PUBACK before COMMIT": _acknowledge_first,
@@ -102,6 +129,12 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "journal after sending": _journal_last,
 }
 
+OF_THE_SECOND_LIFE: dict[str, Callable[[], None]] = {
+    "journal forgotten once read": _forget_what_was_read,
+    "log folded in without syncs": _fold_the_log_in_carelessly,
+}
+"""What does no harm in a first life, whose files are empty: only a power cut during the recovery
+from another one can find it."""
 
 OFTEN = "checkpoints often"
 _OFTEN_PAGES = 20
@@ -118,6 +151,6 @@ def _replace(owner: object, name: str, substitute: object) -> None:
 
 
 if __name__ == "__main__":
-    {**MUTATIONS, OFTEN: _checkpoint_often}[sys.argv[1]]()
+    {**MUTATIONS, **OF_THE_SECOND_LIFE, OFTEN: _checkpoint_often}[sys.argv[1]]()
     program, *arguments = sys.argv[2:]
     leave(collector.main() if program == "collector" else forwarder.main(arguments))

@@ -11,7 +11,7 @@ That one disk never does all of this at once makes the images harder, not wrong.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -67,13 +67,17 @@ class Disk:
     Args:
         directory: SPOOL_DIR, as it was when the log was made.
         names: The databases; their logs and journals belong to them.
+        files: Name and content of what was there when the log began, all of it durable: after
+            a power cut the disk is what it is.
     """
 
-    def __init__(self, directory: str, names: Iterable[str]) -> None:
+    def __init__(
+        self, directory: str, names: Iterable[str], files: Mapping[str, bytes] | None = None
+    ) -> None:
         self._directory = directory
         self._names = {f"{name}{suffix}" for name in names for suffix in _SUFFIXES}
-        self._live: dict[str, _Inode] = {}
-        self._synced: dict[str, _Inode] = {}
+        self._synced = {name: _Inode(bytearray(content)) for name, content in (files or {}).items()}
+        self._live = dict(self._synced)
         self._later: list[_Naming] = []
         self._syncing: dict[int, int] = {}
 

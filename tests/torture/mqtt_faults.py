@@ -123,8 +123,9 @@ def suback_without_codes(broker: LyingBroker) -> None:
     broker.send(packet(0x20, b"\0\0"))
     broker.send(packet(0x90, broker.expect(SUBSCRIBE)[:2]))
     (number,) = broker.new()
-    broker.send(broker.message(number))
     try:
+        # It may have left before this is sent, or take it: both are right.
+        broker.send(broker.message(number))
         broker.expect_acknowledged([number])
     except LeftError:
         return
@@ -332,11 +333,12 @@ def run(rounds: int, seed: int, say: Callable[[str], Any] = print) -> dict[str, 
             system.assert_kept()
             say(f"round {turn + 1}: {told} lies, {system.broker.answers} acknowledgements")
         peak = system.rig.programs[COLLECTOR].memory_kib("VmHWM")
+        say(f"the collector had at most {peak:,} KiB")
         traceback = "Traceback" in system.rig.programs[COLLECTOR].log_text
         assert not traceback, "the collector's log has a traceback"
         return {
             "lies": told,
             "connections": system.broker.connections,
             "acknowledgements": system.broker.answers,
-            "peak_kib": peak,
+            "violations": 0,
         }

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Load, Packet, Program
 from tests.harness.cloud import TABLE_REF, TOPIC_PATH
 from tests.torture import syscalls
 from tests.torture.syscalls import Event
-from tests.torture.witness import Arrival, Witness
+from tests.torture.witness import Arrival, Truth, Witness
 
 RATE = 250
 RETENTION_HOURS = "0.0003"
@@ -77,37 +77,26 @@ def record(
     Raises:
         NoStraceError: strace is missing or may not trace.
     """
-    logs = {name: scratch / f"{name}.strace" for name in PROGRAMS}
-    with _rig(logs, change) as rig:
-        recorder = _Recorder(rig, logs)
-        offset_s = _clock_offset_s()
-        recorder.run(messages, chance, calm=calm)
-        if abs(_clock_offset_s() - offset_s) > _CLOCK_TOLERANCE_S:
-            # The service's times and strace's would not compare.
-            return record(scratch, messages, chance, change=change, calm=calm)
-        arrivals = {
-            "pubsub": list(_published(rig, offset_s)),
-            "bigquery": list(recorder.appends()),
-        }
-        events = syscalls.merged(logs.values())
-        return Recording(
-            str(rig.spool_dir),
-            events,
-            Witness(events, arrivals),
-            rig.publisher.acknowledged,
-            rig.cloud.bigquery.rows(TABLE_REF),
-            rig.cloud.write_api.streams.names,
-        )
-
-
-def _clock_offset_s() -> float:
-    """Return how far the clock of strace is ahead of the one that Pub/Sub's fake goes by."""
-    # Of several, the one that was interrupted the least.
-    return min(time.time() - time.monotonic() for _ in range(_CLOCK_READS))
+    while True:
+        with traced(scratch, change, retention_hours=RETENTION_HOURS) as system:
+            _Scenario(system).run(messages, chance, calm=calm)
+            recording = system.recording()
+        if recording is not None:
+            return recording
 
 
 @contextmanager
-def _rig(logs: dict[str, Path], change: str) -> Iterator[Rig]:
+def traced(scratch: Path, change: str = "", *, retention_hours: str = "24") -> Iterator["Traced"]:
+    """Give out a system whose programs are under strace; nothing runs yet but the services.
+
+    Args:
+        scratch: Where the logs go.
+        change: One of :mod:`tests.torture.broken`; empty for the product as it is.
+        retention_hours: How long delivered readings are kept.
+
+    Raises:
+        NoStraceError: strace is missing or may not trace.
+    """
     binary = shutil.which("strace")
     if binary is None:
         raise NoStraceError("strace is not installed: apt-get install strace")
@@ -119,9 +108,10 @@ def _rig(logs: dict[str, Path], change: str) -> Iterator[Rig]:
     )
     if trial.returncode:
         raise NoStraceError(f"strace may not trace here: {trial.stderr}")
+    logs = {name: scratch / f"{name}.strace" for name in PROGRAMS}
     for log in logs.values():
         log.unlink(missing_ok=True)
-    with Rig(SPOOL_RETENTION_HOURS=RETENTION_HOURS) as rig:
+    with Rig(SPOOL_RETENTION_HOURS=retention_hours) as rig:
         modules = {COLLECTOR: ["collector"]}
         modules |= {name: ["forwarder", name.removeprefix("forwarder-")] for name in FORWARDERS}
         for name, arguments in modules.items():
@@ -129,22 +119,96 @@ def _rig(logs: dict[str, Path], change: str) -> Iterator[Rig]:
             tracing = syscalls.command(binary, logs[name], sockets=name == COLLECTOR)
             log = rig.directory / f"{name}.log"
             rig.programs[name] = Program(name, [*tracing, *python], rig.variables, log)
-        yield rig
+        yield Traced(rig, logs)
 
 
-class _Recorder:
-    """Runs the scenario and notes when BigQuery took what."""
+class Traced:
+    """A system under strace, and when its services took what."""
 
-    def __init__(self, rig: Rig, logs: dict[str, Path]) -> None:
-        self._rig = rig
+    def __init__(self, rig: Rig, logs: Mapping[str, Path]) -> None:
+        self.rig = rig
         self._logs = logs
+        self._offset_s = _clock_offset_s()
         self._append_times: list[tuple[float, float]] = []
-        self._published = 0
         rig.cloud.write_api.faults.after_append = self._note_append
 
     def _note_append(self, *_: object) -> None:
-        now, latency_s = time.time(), self._rig.cloud.write_api.latency_s
+        now, latency_s = time.time(), self.rig.cloud.write_api.latency_s
         self._append_times.append((now, now + max(0.0, latency_s - _LATENCY_TOLERANCE_S)))
+
+    def wait_for_end(self, name: str) -> None:
+        """Wait until the program is gone, and strace has written the last of it."""
+        program = self.rig.programs[name]
+        program.wait()
+        ended = [str(program.pid), "+++"]
+        wait_until(
+            lambda: any(ended == words[:3:2] for words in _last_lines(self._logs[name])),
+            _STRACE_TIMEOUT_S,
+            f"strace has written the end of {name}",
+        )
+
+    def end(self) -> None:
+        """Stop all programs, and return once they and their logs are at their ends."""
+        for program in self.rig.programs.values():
+            program.signal(signal.SIGTERM)
+        for name in self.rig.programs:
+            self.wait_for_end(name)
+
+    def recording(
+        self, packets: Sequence[Packet] | None = None, before: Truth | None = None
+    ) -> Recording | None:
+        """Return what was recorded, once all has ended.
+
+        None if the clock was set meanwhile: the service's times and strace's would not compare.
+
+        Args:
+            packets: What the broker took; None for what was published here.
+            before: How things stood at the power cut that this is the recovery from.
+        """
+        if abs(_clock_offset_s() - self._offset_s) > _CLOCK_TOLERANCE_S:
+            return None
+        rig = self.rig
+        arrivals = {
+            "pubsub": list(_published(rig, self._offset_s)),
+            "bigquery": list(self._appends()),
+        }
+        events = syscalls.merged(self._logs.values())
+        return Recording(
+            str(rig.spool_dir),
+            events,
+            Witness(events, arrivals, before),
+            rig.publisher.acknowledged if packets is None else packets,
+            rig.cloud.bigquery.rows(TABLE_REF),
+            rig.cloud.write_api.streams.names,
+        )
+
+    def _appends(self) -> Iterator[Arrival]:
+        """Yield what BigQuery took since the beginning."""
+        cloud = self.rig.cloud
+        readings = [(one.seq, bytes.fromhex(one.event_id)) for one in cloud.received("bigquery")]
+        at = len(readings) - sum(append.rows for append in cloud.write_api.appended)
+        confirmed = 0.0
+        for times, append in zip(self._append_times, cloud.write_api.appended, strict=True):
+            end = at + append.rows
+            confirmed = max(confirmed, times[1])  # answers are in order
+            part = readings[at:end]
+            yield Arrival(times[0], confirmed, part, append.stream, append.offset or 0)
+            at = end
+
+
+def _clock_offset_s() -> float:
+    """Return how far the clock of strace is ahead of the one that Pub/Sub's fake goes by."""
+    # Of several, the one that was interrupted the least.
+    return min(time.time() - time.monotonic() for _ in range(_CLOCK_READS))
+
+
+class _Scenario:
+    """What happens in a recording."""
+
+    def __init__(self, system: Traced) -> None:
+        self._system = system
+        self._rig = system.rig
+        self._published = 0
 
     def run(self, messages: int, chance: random.Random, *, calm: bool) -> None:
         """Publish and kill; return once all programs have ended."""
@@ -165,10 +229,7 @@ class _Recorder:
             _load_to(load, messages)
         if not calm:
             wait_until(lambda: _delivered(rig), _DRAIN_TIMEOUT_S, "all is delivered")
-        for program in rig.programs.values():
-            program.signal(signal.SIGTERM)
-        for name in rig.programs:
-            self._wait_for_end(name)
+        self._system.end()
 
     def _packets(self, count: int) -> list[Packet]:
         """Return readings, and now and then one a second time, and garbage."""
@@ -183,32 +244,8 @@ class _Recorder:
 
     def _again(self, name: str, ending: signal.Signals) -> None:
         self._rig.programs[name].signal(ending)
-        self._wait_for_end(name)
+        self._system.wait_for_end(name)
         self._rig.start(name)
-
-    def _wait_for_end(self, name: str) -> None:
-        """Wait until the program is gone, and strace has written the last of it."""
-        program = self._rig.programs[name]
-        program.wait()
-        ended = [str(program.pid), "+++"]
-        wait_until(
-            lambda: any(ended == words[:3:2] for words in _last_lines(self._logs[name])),
-            _STRACE_TIMEOUT_S,
-            f"strace has written the end of {name}",
-        )
-
-    def appends(self) -> Iterator[Arrival]:
-        """Yield what BigQuery took."""
-        cloud = self._rig.cloud
-        readings = [(one.seq, bytes.fromhex(one.event_id)) for one in cloud.received("bigquery")]
-        at = 0
-        confirmed = 0.0
-        for times, append in zip(self._append_times, cloud.write_api.appended, strict=True):
-            end = at + append.rows
-            confirmed = max(confirmed, times[1])  # answers are in order
-            part = readings[at:end]
-            yield Arrival(times[0], confirmed, part, append.stream, append.offset or 0)
-            at = end
 
 
 def _delivered(rig: Rig) -> bool:

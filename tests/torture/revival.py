@@ -5,44 +5,70 @@ own state was old, some of what it has one for.
 """
 
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
 from spool import event_id, spool_path
 from tests.harness import COLLECTOR, Packet, Rig, assert_adds_up, last_words, wait_until
-from tests.torture.recording import Recording
+from tests.harness.books import Books
+from tests.torture.recording import Recording, traced
 from tests.torture.verdict import Violation, Wrong
 from tests.torture.witness import Truth
 
 ACKED_AGAIN = 200
 _TIMEOUT_S = 40.0
+_IDENTITIES = "SELECT event_id FROM reading_row"
 
 
-def revive(files: Mapping[str, bytes], truth: Truth, recording: Recording) -> list[Violation]:
-    """Start the real processes on an image and return what they did wrong.
+@dataclass(frozen=True, slots=True)
+class Revival:
+    """What came of starting the real processes on an image."""
+
+    violations: list[Violation]
+    recording: Recording | None
+    """What they did to the disk meanwhile; None if they broke off, or the clock was set."""
+
+
+def revive(
+    files: Mapping[str, bytes],
+    truth: Truth,
+    recording: Recording,
+    scratch: Path,
+    *,
+    change: str = "",
+) -> Revival:
+    """Start the real processes on an image, and see what they do wrong.
 
     Args:
         files: The image.
         truth: How things stood at the cut.
         recording: What the image is of.
+        scratch: Where the logs of system calls go.
+        change: One of :mod:`tests.torture.broken`; empty for the product as it is.
     """
     try:
+        received, sent = _sent_again(files, truth, recording.packets)
         # A shorter retention than a broker's memory would make duplicates, lawfully.
-        with Rig() as rig:
+        with traced(scratch, change) as system:
+            rig = system.rig
             for name, content in files.items():
                 (rig.spool_dir / name).write_bytes(content)
             _fill_bigquery(rig, truth, recording)
-            sent = _packets(rig, truth, recording.packets)
-            received = rig.books.counter("received") + len(sent)
             rig.start()
             rig.programs[COLLECTOR].wait_for_log('"message": "subscribed"')
             rig.publisher.publish(sent)
-            wait_until(lambda: _drained(rig, received), _TIMEOUT_S, "all is delivered")
-            return [*_sums(rig), *_compare(rig, truth, recording.packets)]
+            all_of_it = received + len(sent)
+            wait_until(lambda: _drained(rig, all_of_it), _TIMEOUT_S, "all is delivered")
+            found = [*_sums(rig), *_compare(rig, truth, recording.packets)]
+            system.end()
+            return Revival(found, system.recording(recording.packets, truth))
     except AssertionError as error:
         words = "\n".join(f"{name}: {text[-1_500:]}" for name, text in last_words())
-        return [Violation(Wrong.NOT_DELIVERED, f"{error}\n{words}")]
+        return Revival([Violation(Wrong.NOT_DELIVERED, f"{error}\n{words}")], None)
 
 
 def _fill_bigquery(rig: Rig, truth: Truth, recording: Recording) -> None:
@@ -61,22 +87,38 @@ def _identity(packet: Packet) -> bytes:
     return event_id(packet.topic, packet.payload)
 
 
-def _packets(rig: Rig, truth: Truth, packets: Sequence[Packet]) -> list[Packet]:
-    """Return what the broker sends again."""
+def _sent_again(
+    files: Mapping[str, bytes], truth: Truth, packets: Sequence[Packet]
+) -> tuple[int, list[Packet]]:
+    """Return how many the collector says it had, and what the broker sends again.
+
+    Looked up in a copy: the processes are to find the image as the power cut left it, and
+    whoever opens a database is the one who recovers its log.
+    """
     spooled: set[bytes] = set()
-    path = spool_path(rig.spool_dir)
-    if path.exists() and path.stat().st_size:
-        with closing(sqlite3.connect(path)) as connection:
-            tables = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'reading_row'")
-            if tables.fetchone():
-                spooled = {row[0] for row in connection.execute("SELECT event_id FROM reading_row")}
+    received = 0
+    with tempfile.TemporaryDirectory(prefix="sluice-look-") as holder:
+        directory = Path(holder)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        path = spool_path(directory)
+        if path.exists() and path.stat().st_size:
+            # With the right to write: a spool that was half made is rolled back first.
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute("SELECT * FROM sqlite_schema").fetchall()
+            received = Books(directory).counter("received")
+            spooled = {i for (i,) in Books(directory).rows("spool", _IDENTITIES)}
     by_identity = {_identity(packet): packet for packet in packets}
     acked = [p for i, p in by_identity.items() if i in truth.acked and i in spooled]
-    return acked[-ACKED_AGAIN:] + [p for i, p in by_identity.items() if i not in truth.acked]
+    again = acked[-ACKED_AGAIN:] + [p for i, p in by_identity.items() if i not in truth.acked]
+    return received, again
 
 
 def _drained(rig: Rig, received: int) -> bool:
-    figures = rig.books.figures()
+    try:
+        figures = rig.books.figures()
+    except sqlite3.OperationalError:
+        return False  # a file that was half made, and whose owner has not opened it yet
     pending = sum(sink.pending for sink in figures.sinks.values())
     return figures.received >= received and not pending
 

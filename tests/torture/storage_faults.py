@@ -6,6 +6,7 @@ been started again without a fault, everything adds up.
 """
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -56,11 +57,22 @@ class Fault:
         return f"{self.call}:{self.action}:when={self.when}"
 
 
+IN_PART = "in part"
+"""The write across a limit of the file's size ends there, and the rest of it fails: as on a disk
+that is full. Of the collector alone: the limit is one for all files of a process, and a
+forwarder's log may be longer than what it writes to its database."""
+
+_STEP_BYTES = 700
+"""So that the limit lies anywhere in a page."""
+
+_LOG_SPARE_BYTES = 64 * 1024
+_IN_PART = re.compile(r'^\d+ +pwrite64\(\d+, ""\.*, (\d+), \d+\) += (\d+)$', re.MULTILINE)
+
 _GRID: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
-    # A short write of nothing: strace cannot let a part be written, and a made-up number would
-    # be a disk that lies.
+    # retval=0 is a short write of nothing: strace cannot let a part be written, and a made-up
+    # number would be a disk that lies.
     "pwrite64": (
-        ("error=EIO", "error=ENOSPC", "error=EINTR", "error=EROFS", "retval=0"),
+        ("error=EIO", "error=ENOSPC", "error=EINTR", "error=EROFS", "retval=0", IN_PART),
         (1, 2, 5, 12, 30, 80, 200, 600, 1100),
     ),
     "fdatasync": (
@@ -118,6 +130,8 @@ def deck(dice: random.Random, *, busy: bool) -> Iterator[Fault]:
             for action in actions:
                 if busy and (call, action) == _A_READ_THAT_FAILS:
                     continue
+                if action == IN_PART and not busy:
+                    continue
                 lasting = "+" if _may_last(call, action) and dice.random() < 0.25 else ""
                 place = dice.choice(places[: len(places) if busy else _QUIET_PLACES])
                 layer.append(Fault(call, action, f"{place}{lasting}"))
@@ -125,13 +139,33 @@ def deck(dice: random.Random, *, busy: bool) -> Iterator[Fault]:
         yield from layer
 
 
-def tampering(spool_dir: Path, role: str, fault: Fault, log: Path) -> list[str]:
+def tampering(rig: Rig, role: str, fault: Fault, log: Path) -> list[str]:
     """Return what to put before a program's command so that it meets ``fault``.
+
+    Args:
+        rig: Only calls on the program's database files there count.
+        role: Which program.
+        fault: What happens.
+        log: Where strace notes it.
+    """
+    watched = watching(rig.books.directory, role, fault.call, log)
+    if fault.action != IN_PART:
+        return [*watched, "-e", f"inject={fault}"]
+    own = rig.books.directory / f"{_FILES[role][0]}.db-wal"
+    begin = own.stat().st_size if own.exists() else 0
+    spare = rig.programs[role].log
+    least = (spare.stat().st_size if spare.exists() else 0) + _LOG_SPARE_BYTES
+    limit = max(begin, least) + _STEP_BYTES * int(fault.when)
+    return [*watched, "prlimit", f"--fsize={limit}"]
+
+
+def watching(spool_dir: Path, role: str, call: str, log: Path) -> list[str]:
+    """Return what to put before a program's command so that its calls are noted.
 
     Args:
         spool_dir: Only calls on the program's database files there count.
         role: Which program.
-        fault: What happens.
+        call: Which system call.
         log: Where strace notes it.
     """
     paths = [
@@ -142,8 +176,22 @@ def tampering(spool_dir: Path, role: str, fault: Fault, log: Path) -> list[str]:
     # -D: the process that is started, and signalled, is the program; strace stands behind it.
     return [
         *("strace", "-D", "-f", "--seccomp-bpf", "-qq", "-s", "0", "-e", "signal=none"),
-        *("-o", str(log), *paths, "-e", f"trace={fault.call}", "-e", f"inject={fault}"),
+        *("-o", str(log), *paths, "-e", f"trace={call}"),
     ]
+
+
+def taken_in_part(log: Path) -> list[tuple[int, int]]:
+    """Return the writes of a log that were not whole: bytes asked for, and bytes written."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    writes = ((int(asked), int(taken)) for asked, taken in _IN_PART.findall(text))
+    return [(asked, taken) for asked, taken in writes if taken < asked]
+
+
+def _met(fault: Fault, log: Path) -> bool:
+    """Return whether the fault has happened."""
+    if fault.action == IN_PART:
+        return bool(taken_in_part(log))
+    return log.exists() and _INJECTED in log.read_text(errors="replace")
 
 
 def run(rounds: int, seed: int, *, until: float = float("inf")) -> Report:
@@ -210,7 +258,7 @@ def live(rig: Rig, plan: Mapping[str, Fault], report: Report) -> list[str]:
     lives: dict[str, Program] = {}
     for role, fault in plan.items():
         logs[role].unlink(missing_ok=True)
-        prefix = tampering(rig.spool_dir, role, fault, logs[role])
+        prefix = tampering(rig, role, fault, logs[role])
         lives[role] = rig.programs[role] = Program(
             role, [*prefix, *command(role)], rig.variables, rig.directory / f"{role}.log"
         )
@@ -221,9 +269,7 @@ def live(rig: Rig, plan: Mapping[str, Fault], report: Report) -> list[str]:
         rig.publisher.publish(packets(rig, BATCH_READINGS))
 
     def met(role: str) -> bool:
-        log = logs[role]
-        injected = log.exists() and _INJECTED in log.read_text(errors="replace")
-        return injected or not lives[role].running
+        return _met(plan[role], logs[role]) or not lives[role].running
 
     while time.monotonic() < deadline and not all(met(role) for role in plan):
         time.sleep(0.05)
@@ -238,8 +284,7 @@ def live(rig: Rig, plan: Mapping[str, Fault], report: Report) -> list[str]:
 
 def _verdict(rig: Rig, life: Program, fault: Fault, report: Report) -> list[str]:
     code = life.wait()
-    log = rig.directory / f"{life.name}.strace"
-    injected = log.exists() and _INJECTED in log.read_text(errors="replace")
+    injected = _met(fault, rig.directory / f"{life.name}.strace")
     report.counts["faults met" if injected else "faults not reached"] += 1
     report.counts[f"{fault.call} {fault.action}"] += injected
     report.counts[f"exit {code}"] += 1
@@ -295,7 +340,7 @@ def slow_disk(rig: Rig) -> tuple[int, int]:
     """Let the collector work on a disk of 200 ms a sync; return readings, and syncs they took."""
     log = rig.directory / "slow.strace"
     fault = Fault("fdatasync", f"delay_exit={SLOW_FSYNC_US}", "1+")
-    prefix = tampering(rig.spool_dir, COLLECTOR, fault, log)
+    prefix = tampering(rig, COLLECTOR, fault, log)
     rig.programs[COLLECTOR] = Program(
         COLLECTOR, [*prefix, *command(COLLECTOR)], rig.variables, rig.directory / "collector.log"
     )

@@ -124,8 +124,12 @@ def _spool(
 
 def _rejected(directory: Path) -> set[bytes]:
     with closing(sqlite3.connect(spool_path(directory))) as connection:
-        rows = connection.execute("SELECT topic, payload FROM rejected_row")
-        return {event_id(topic.encode(), payload) for topic, payload in rows}
+        try:
+            rows = connection.execute("SELECT topic, payload FROM rejected_row").fetchall()
+        except sqlite3.Error:
+            return set()  # a damaged file, as the check of its integrity says
+    # In a damaged one a column may be anything.
+    return {event_id(t.encode(), p) for t, p in rows if isinstance(t, str) and isinstance(p, bytes)}
 
 
 def _service(sink: _Sink, truth: Truth) -> list[Violation]:

@@ -1,6 +1,7 @@
 """What was promised and what had arrived, at any moment of a recorded run."""
 
 import bisect
+import dataclasses
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,10 +47,25 @@ class Witness:
     Args:
         events: The whole log, in order.
         arrivals: By sink, in order.
+        before: How things stood at the power cut that the log is of the recovery from.
     """
 
-    def __init__(self, events: Sequence[Event], arrivals: Mapping[str, Sequence[Arrival]]) -> None:
+    def __init__(
+        self,
+        events: Sequence[Event],
+        arrivals: Mapping[str, Sequence[Arrival]],
+        before: Truth | None = None,
+    ) -> None:
         self._acks = list(acknowledged(events))
+        self._acked_before: set[bytes] = set()
+        if before is not None:
+            self._acked_before = before.acked
+            # Confirmed or not: the service has them, and says so when they are sent again.
+            earlier = {
+                sink: [dataclasses.replace(arrival, at=0.0, confirmed=0.0) for arrival in given]
+                for sink, given in before.arrived.items()
+            }
+            arrivals = {sink: [*earlier[sink], *given] for sink, given in arrivals.items()}
         self._arrivals = arrivals
         self._through = {sink: list(_contiguous(given)) for sink, given in arrivals.items()}
         self._seqs: dict[bytes, int] = {}
@@ -70,7 +86,7 @@ class Witness:
         }
         acks = bisect.bisect_right(self._acks, at, key=lambda ack: ack[0])
         return Truth(
-            acked={identity for _, identity in self._acks[:acks]},
+            acked=self._acked_before | {identity for _, identity in self._acks[:acks]},
             arrived={sink: given[: ends[sink]] for sink, given in self._arrivals.items()},
             through={
                 sink: self._through[sink][end - 1] if end else 0 for sink, end in confirmed.items()
