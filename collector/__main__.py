@@ -22,11 +22,14 @@ from spool import (
     Retention,
     Salvage,
     SinkFile,
+    SinkProgress,
     SpoolError,
     SpoolWriter,
     WrongEnvironmentError,
     claim_environment,
+    confirmed,
     prepare_apart,
+    refuse_backlog,
     set_aside,
     spool_path,
 )
@@ -50,16 +53,50 @@ def _body(settings: Settings, stop: StopRequest) -> None:
     ]
     writer, salvage = _open_spool(settings, sinks)
     try:
+        if salvage is not None:
+            _claim_salvage(salvage, settings.app_env, [sink.read() for sink in sinks])
         claim_environment(writer, settings.app_env, [sink.read() for sink in sinks])
         warn_of_small_disk(writer, settings.spool_max_bytes)
         _collect(settings, stop, writer, salvage, sinks)
     except CorruptFileError as error:
         if error.path != writer.path:
             raise
-        # Move it now, while we know; the restart makes a new one and salvages this one.
         writer.close()
-        _tell_set_aside(set_aside(spool_path(settings.spool_dir)))
+        if _is_confirmed(writer.path):
+            # Move it now, while we know; the restart makes a new one and salvages this one.
+            _tell_set_aside(set_aside(writer.path))
         raise
+
+
+def _is_confirmed(path: Path) -> bool:
+    try:
+        return confirmed(path)
+    except OSError:
+        # Without its mark there would never be a second time. What is set aside is not lost.
+        return True
+
+
+def _claim_salvage(salvage: Salvage, app_env: str, sinks: Sequence[SinkProgress]) -> None:
+    """Refuse to copy what was taken under another environment.
+
+    Raises:
+        WrongEnvironmentError: Readings of another ``APP_ENV`` wait in the damaged spool.
+    """
+    epoch = salvage.epoch
+    waiting = {p.sink: salvage.waiting(p.position_in(epoch)) for p in sinks if p.enabled}
+    if not any(waiting.values()):
+        return
+    if salvage.app_env:
+        if salvage.app_env != app_env:
+            refuse_backlog(salvage.app_env, app_env, waiting, str(salvage.path))
+        return
+    # To refuse would be to receive nothing, for a change that hardly ever falls together with
+    # damage of just that page.
+    log.critical(
+        "which APP_ENV the damaged spool was filled under cannot be read: its readings are taken "
+        "for those of the present one",
+        extra=fields(file=str(salvage.path), app_env=app_env),
+    )
 
 
 def _open_spool(
@@ -70,9 +107,8 @@ def _open_spool(
     try:
         writer = _open_writer(directory)
     except CorruptFileError as error:
-        log.critical("the spool is damaged: %s", error)
-        _tell_set_aside(set_aside(spool_path(directory)))
-        writer = _open_writer(directory)
+        log.warning("opened once more, for it may have been a read error that passes: %s", error)
+        writer = _open_again(directory)
     if position := writer.meta(SALVAGE_KEY):
         return writer, Salvage.resumed(position)
     # A start that was cut short may have made the file and not come to what follows here.
@@ -98,6 +134,15 @@ def _open_spool(
     salvage.skip_to(min((p.position_in(epoch) for p in seen if p.enabled), default=0))
     writer.set_meta(SALVAGE_KEY, salvage.position())
     return writer, salvage
+
+
+def _open_again(directory: Path) -> SpoolWriter:
+    try:
+        return _open_writer(directory)
+    except CorruptFileError as error:
+        log.critical("the spool is damaged: %s", error)
+        _tell_set_aside(set_aside(spool_path(directory)))
+        return _open_writer(directory)
 
 
 def _open_writer(directory: Path) -> SpoolWriter:

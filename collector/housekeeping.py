@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lifecycle import fields
 from spool import (
+    SALVAGE_STEP_BYTES,
     SPOOL_DAMAGED,
     Ballast,
     Budget,
@@ -167,6 +168,17 @@ class Housekeeping:
                 extra=fields(rows=dropped, total=writer.counter("dropped")),
             )
         return bool(dropped)
+
+    def may_salvage(self, writer: SpoolWriter) -> bool:
+        """Return whether there is room for the next step of the salvage; if not, make some.
+
+        What is still in the damaged file is safe there, so the last tenth is left for readings
+        that are not.
+        """
+        if self.level(writer, SALVAGE_STEP_BYTES) < Level.PRESSURE:
+            return True
+        self.more = self.make_room(writer, drop_oldest=False)
+        return False
 
     def release_ballast(self) -> None:
         """Give the ballast's space to the spool."""

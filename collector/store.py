@@ -306,12 +306,25 @@ class Store:
         salvage = self._house.salvage
         if salvage is None:
             return
-        new = [row for row in salvage.step() if self._window.add(row[0])]
+        if not self._house.may_salvage(self._writer):
+            self._notices.warn(
+                "salvage waits",
+                "the rest of the damaged spool is not copied until there is room for it in "
+                "SPOOL_MAX_BYTES",
+            )
+            return
+        rows = salvage.step()
+        if not rows and not salvage.done:
+            return  # it still looks for them
+        new = [row for row in rows if self._window.add(row[0])]
         # Rows and position in one transaction: a crash in between repeats or skips nothing.
-        position = {SALVAGE_KEY: salvage.position()}
+        # A spool that was damaged while it took over another one leaves the rest of that.
+        rest = salvage.earlier(SALVAGE_KEY) if salvage.done else ""
+        position = {SALVAGE_KEY: salvage.position() or rest}
         self._writer.append(new, (), Counter(salvaged=len(new)), meta=position)
         if salvage.done:
             self._house.end_salvage()
+            self._house.salvage = Salvage.resumed(rest) if rest else None
 
     def _take_up_salvage(self) -> None:
         """After a step that is not durable, go on where the spool says that it stands."""

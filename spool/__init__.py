@@ -66,7 +66,7 @@ from spool.records import (
     presentable,
     row_crc,
 )
-from spool.recovery import Salvage, confirmed, set_aside
+from spool.recovery import SALVAGE_STEP_BYTES, Salvage, confirmed, set_aside
 from spool.retention import Pruner, Retention
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
@@ -75,6 +75,7 @@ from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter
 __all__ = [
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
+    "SALVAGE_STEP_BYTES",
     "SPOOL_DAMAGED",
     "AppendJournal",
     "Ballast",

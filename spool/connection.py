@@ -5,6 +5,7 @@ import sqlite3
 from pathlib import Path
 
 from spool.errors import CorruptFileError, FileMissingError, translated
+from spool.files import SIDE_SUFFIXES
 
 BUSY_TIMEOUT_S = 10.0
 """A file has one writer, so waiting is rare: another's recovery after a crash, or a person
@@ -19,6 +20,29 @@ FILE_MODE = 0o640
 
 APPLICATION_ID = 0x536C7563
 """'Sluc': tells our files from another program's (SQLite's file format, offset 68)."""
+
+
+def refuse_orphaned_log(path: Path) -> None:
+    """Refuse to begin a database beside the write-ahead log of one that is gone.
+
+    SQLite would take the file for a new one, and delete the log with the rows in it.
+
+    Raises:
+        CorruptFileError: There is such a log.
+    """
+    try:
+        if path.stat().st_size:
+            return
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return  # the opening says what is wrong with it
+    try:
+        log_bytes = path.with_name(path.name + SIDE_SUFFIXES[1]).stat().st_size
+    except OSError:
+        return
+    if log_bytes:
+        raise CorruptFileError(f"{path} is damaged: it is gone or empty, and its log is not", path)
 
 
 def open_owner(path: Path) -> sqlite3.Connection:

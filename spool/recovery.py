@@ -5,31 +5,48 @@ place at once, so the collector is receiving again within seconds; the rows that
 read, and that some sink has not had, are copied over in steps between the batches. They get
 new numbers: a sink that was ahead of the slowest one may receive some of them twice, with the
 same event id.
+
+The pages are read without SQLite, because what leads to a row is lost sooner than the row: with
+100 bad bytes at the front SQLite gives back nothing. A good first page from a new file would not
+do: the schema takes three pages, a migrated file has it elsewhere than a new one, the log may hold
+the first page too, and either 10 GB are copied on a disk that is perhaps full, or the evidence is
+written to. Each row's checksum tells a whole one from anything else.
 """
 
 import contextlib
 import json
+import re
 import sqlite3
 import time
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from spool.connection import open_reader
-from spool.errors import SpoolError
 from spool.files import SIDE_SUFFIXES
-from spool.records import READING_COLUMNS, NewReading, Reading, intact, lenient_text
+from spool.pages import TABLE_LEAF, PageImages, Value, cells, record_at, rowid_at
+from spool.records import READING_COLUMNS, NewReading, Reading, intact
 
 SALVAGE_STEP_ROWS = 1_000
+SALVAGE_STEP_BYTES = 1024 * 1024
+"""A step gives back whole pages until it has reached one of the two."""
+
+SCAN_STEP_PAGES = 2_000
+"""How many pages a step looks through, to find those with readings: 8 MB."""
+
 SUSPICION_S = 600.0
 """Damage that is met again within this time is believed."""
 
-_FORWARD = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - our own constants
-_BACKWARD = (
-    f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq > ? AND seq < ? "  # noqa: S608
-    "ORDER BY seq DESC LIMIT ?"
-)
-_ONE = f"SELECT seq, {READING_COLUMNS} FROM reading_row WHERE seq = ?"  # noqa: S608
-_LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'"
-_NO_SEQ = 2**62
+_MARK_SUFFIX = ".suspected"
+
+_FACTS_THROUGH_PAGE = 256
+"""Where meta and the counters are: they are small, and were made with the file."""
+
+_COLUMNS = len(READING_COLUMNS.split(","))
+_VALUE = 6
+_EPOCH = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_INDEX = "CREATE TABLE page (seq INTEGER, image INTEGER, PRIMARY KEY (seq, image)) WITHOUT ROWID"
+_ADD_PAGE = "INSERT OR IGNORE INTO page VALUES (?, ?)"
+_NEXT_PAGE = "SELECT seq, image FROM page WHERE (seq, image) > (?, ?) ORDER BY seq, image LIMIT 1"
 
 
 def confirmed(path: Path, now_s: float | None = None) -> bool:
@@ -42,7 +59,7 @@ def confirmed(path: Path, now_s: float | None = None) -> bool:
     Raises:
         OSError: The mark cannot be made.
     """
-    mark = path.with_name(f"{path.name}.suspected")
+    mark = path.with_name(path.name + _MARK_SUFFIX)
     now_s = time.time() if now_s is None else now_s
     with contextlib.suppress(FileNotFoundError, ValueError):
         suspected_s = float(mark.read_text(encoding="ascii"))
@@ -67,6 +84,13 @@ def set_aside(path: Path, now_s: float | None = None) -> Path:
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
+    if not path.exists():
+        # Only the log is left. Its database, of no bytes, is made first: whoever looks for what
+        # was set aside looks for that.
+        target.touch(0o640)
+    # What was suspected of this file is not to be believed of the next one.
+    with contextlib.suppress(OSError):
+        path.with_name(path.name + _MARK_SUFFIX).unlink()
     # The side files first: should this be interrupted, the next start finds the damaged
     # database again, and not a new one beside somebody else's write-ahead log.
     for suffix in reversed(SIDE_SUFFIXES):
@@ -75,166 +99,243 @@ def set_aside(path: Path, now_s: float | None = None) -> Path:
     return target
 
 
-class Salvage:
-    """Reads a damaged spool around its damage.
+@dataclass(slots=True)
+class _Progress:
+    """How far a salvage is; what :meth:`Salvage.position` stores."""
 
-    Forwards up to it, then backwards down to it; what lies between two damaged places is
-    looked up number by number, which finds every row on a page that is whole.
+    after_seq: int
+    """Every sink has the rows up to here, or must not have them."""
+    page_seq: int = -(2**63)
+    page_image: int = -1
+    """The last page that was read, in the order in which they are."""
+    live: int = 0
+    """Rows given back that had not been pruned."""
+    bad: int = 0
+    highest_seq: int = 0
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What the damaged file says of itself, as far as it can be read."""
+
+    meta: dict[str, str]
+    counters: dict[str, int]
+    last_seq: int
+
+    @property
+    def removed(self) -> int:
+        """How many rows were pruned or dropped: the first ones, for numbers begin at 1."""
+        return self.counters.get("pruned", 0) + self.counters.get("dropped", 0)
+
+
+class Salvage:
+    """Reads the readings of a damaged spool, page by page, in the order of their numbers.
 
     Args:
         path: The file that was set aside.
-        after_seq: Forwards, everything up to here is read or not needed.
-        before_seq: Backwards, everything from here on is read.
-        forward_done: Whether the damage was reached from the front.
-        backward_done: Whether it was reached from the end as well.
+        after_seq: Everything up to here is read or not needed.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        after_seq: int,
-        before_seq: int = _NO_SEQ,
-        *,
-        forward_done: bool = False,
-        backward_done: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, after_seq: int) -> None:
         self.path = path
-        self._after_seq = after_seq
-        self._before_seq = before_seq
-        self._forward_done = forward_done
-        self._backward_done = backward_done
+        self._progress = _Progress(after_seq)
         self.readable = 0
-        """Rows given back by this object."""
+        """Rows given back, before an interruption too."""
         self.unreadable = 0
-        """Rows that are there, but not whole."""
+        """Once done: rows that were there, and are not whole."""
         self.done = False
-        self._conn: sqlite3.Connection | None = None
+        self._scanned = 0
+        self._recent: set[tuple[int, bytes]] = set()
+        self._images: PageImages | None = None
+        self._facts = _Facts({}, {}, 0)
         try:
-            self._conn = open_reader(path, damaged=True)
-            # A flipped bit in a text must not pass for a damaged page.
-            self._conn.text_factory = lenient_text
-        except SpoolError:
-            self.done = True  # not even the header can be read; the caller reports it
+            self._images = PageImages(path)
+        except OSError:
+            self.done = True  # it is not there; the caller reports what was copied
+            return
+        self._facts = _facts(self._images)
+        self._index = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._index.execute(_INDEX)
+        self.skip_to(self._number("app_env_from_seq"))
 
     @property
     def epoch(self) -> str:
         """The damaged spool's epoch; empty if it cannot be read."""
-        if self._conn is None:
-            return ""
-        try:
-            row = self._conn.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
-        except sqlite3.Error:
-            return ""
-        return str(row[0]) if row else ""
+        epoch = self.meta("epoch")
+        return epoch if _EPOCH.fullmatch(epoch) else ""
+
+    @property
+    def app_env(self) -> str:
+        """The environment that its readings were taken under; empty if it cannot be read."""
+        return self.meta("app_env")
+
+    def meta(self, key: str) -> str:
+        """Return what the damaged spool's ``meta`` holds under ``key``; empty if unreadable."""
+        return self._facts.meta.get(key, "")
+
+    def earlier(self, key: str) -> str:
+        """Return the position of the salvage that the damaged spool itself had under way.
+
+        Args:
+            key: Under which ``meta`` has it; empty where it had none, or none that is whole.
+        """
+        text = self.meta(key)
+        with contextlib.suppress(ValueError):
+            match json.loads(text or "null"):
+                case [str(), int(), *_]:
+                    return text
+        return ""
+
+    def waiting(self, after_seq: int = 0) -> int:
+        """Return how many rows behind ``after_seq`` are perhaps still to be given back."""
+        if self.done:
+            return 0
+        done = max(after_seq, self._progress.after_seq)
+        # Without its last number only reading the file shows how many there are.
+        return max(0, self._facts.last_seq - done) if self._facts.last_seq else 1
 
     def skip_to(self, seq: int) -> None:
-        """Begin after ``seq``: every sink has what is before."""
-        self._after_seq = max(self._after_seq, seq)
+        """Begin after ``seq``: every sink has what is before. Only before the first step."""
+        self._progress.after_seq = max(self._progress.after_seq, seq)
 
     def step(self) -> list[NewReading]:
-        """Return the next rows that are whole; empty once :attr:`done`."""
-        if self._conn is None or self.done:
+        """Return the next rows that are whole; now and then none, before it is :attr:`done`."""
+        if self._images is None or self.done or not self._scan(self._images):
             return []
-        if not self._forward_done:
-            rows = self._read_forward()
-        else:
-            rows = self._read_between() if self._backward_done else self._read_backward()
-        whole = [row for row in rows if _is_whole(row)]
-        self.readable += len(whole)
-        self.unreadable += len(rows) - len(whole)
-        return [row[1:] for row in whole]
+        rows: list[NewReading] = []
+        size = 0
+        progress = self._progress
+        while len(rows) < SALVAGE_STEP_ROWS and size < SALVAGE_STEP_BYTES:
+            place = progress.page_seq, progress.page_image
+            found = self._index.execute(_NEXT_PAGE, place).fetchone()
+            if found is None:
+                self._finish()
+                break
+            progress.page_seq, progress.page_image = found
+            for row in self._rows_of(self._images, *found):
+                rows.append(row[1:])
+                size += len(row[8]) + len(row[9])
+        return rows
 
     def position(self) -> str:
         """Return where this is, for :meth:`resumed`; empty once done."""
         if self.done:
             return ""
-        done = [self._forward_done, self._backward_done]
-        return json.dumps([str(self.path), self._after_seq, self._before_seq, *done])
+        return json.dumps([str(self.path), self.readable, *astuple(self._progress)])
 
     @classmethod
     def resumed(cls, position: str) -> "Salvage":
         """Return a salvage that goes on at ``position``."""
-        path, after_seq, before_seq, forward_done, backward_done = json.loads(position)
-        return cls(
-            Path(path),
-            after_seq,
-            before_seq,
-            forward_done=forward_done,
-            backward_done=backward_done,
-        )
+        path, *numbers = json.loads(position)
+        if any(type(number) is not int for number in numbers):
+            # An earlier release's: what it had copied from behind the damage comes once more.
+            return cls(Path(path), numbers[0])
+        readable, *progress = numbers
+        salvage = cls(Path(path), 0)
+        salvage._progress = _Progress(*progress)
+        salvage.readable = readable
+        return salvage
 
-    def _read_forward(self) -> list[Reading]:
-        rows, damaged = self._read(_FORWARD, (self._after_seq, SALVAGE_STEP_ROWS))
-        if rows:
-            self._after_seq = rows[-1][0]
-        if damaged:
-            self._forward_done = True
-        elif not rows:
-            self._finish()
-        return rows
+    def _scan(self, images: PageImages) -> bool:
+        """Look through the next pages for readings; return whether all are known."""
+        end = min(self._scanned + SCAN_STEP_PAGES, images.count)
+        after_seq = self._progress.after_seq
+        for image in range(self._scanned, end):
+            bounds = _bounds(images, images.read(image))
+            if bounds and max(bounds) > after_seq:
+                self._index.execute(_ADD_PAGE, (bounds[0], image))
+        self._scanned = end
+        return end == images.count
 
-    def _read_backward(self) -> list[Reading]:
-        rows, damaged = self._read(
-            _BACKWARD, (self._after_seq, self._before_seq, SALVAGE_STEP_ROWS)
-        )
-        if rows:
-            self._before_seq = rows[-1][0]
-        if damaged:
-            self._backward_done = True
-        elif not rows:
-            self._finish()
-        return rows[::-1]
-
-    def _read_between(self) -> list[Reading]:
-        last = self._before_seq - 1 if self._before_seq < _NO_SEQ else self._last_seq()
-        through = min(last, self._after_seq + SALVAGE_STEP_ROWS)
-        rows: list[Reading] = []
-        failed = 0
-        for seq in range(self._after_seq + 1, through + 1):
-            found, damaged = self._read(_ONE, (seq,))
-            rows += found
-            failed += damaged
-        self._after_seq = max(through, self._after_seq)
-        self.unreadable += failed
-        # Numbers have no holes, so a stretch with neither rows nor damage is the end too.
-        if through >= last or not (rows or failed):
-            self._finish()
-        return rows
-
-    def _last_seq(self) -> int:
-        try:
-            row = self._conn.execute(_LAST_SEQ).fetchone() if self._conn is not None else None
-        except sqlite3.Error:
-            row = None
-        return row[0] if row and isinstance(row[0], int) else 0
-
-    def _read(self, sql: str, parameters: tuple[int, ...]) -> tuple[list[Reading], bool]:
-        """Return the rows before the damage, and whether there was any."""
-        rows: list[Reading] = []
-        if self._conn is None:
-            return rows, True
-        try:
-            for row in self._conn.execute(sql, parameters):
-                if rows and abs(row[0] - rows[-1][0]) != 1:
-                    return rows, True  # numbers have no holes: this one is damaged
-                rows.append(row)
-        except (sqlite3.Error, UnicodeDecodeError):
-            return rows, True  # the damage itself: what lies behind is read from the other end
-        return rows, False
+    def _rows_of(self, images: PageImages, first_seq: int, image: int) -> Iterator[Reading]:
+        """Yield the page's whole rows, but for those that another image of it has given."""
+        progress = self._progress
+        removed = self._facts.removed
+        self._recent = {key for key in self._recent if key[0] >= first_seq}
+        page = images.read(image)
+        for at in cells(page):
+            row = _row(images, page, at)
+            if row is None:
+                progress.bad += 1
+                continue
+            key = row[0], row[1]
+            if row[0] <= progress.after_seq or key in self._recent:
+                continue
+            self._recent.add(key)
+            self.readable += 1
+            progress.live += row[0] > removed
+            progress.highest_seq = max(progress.highest_seq, row[0])
+            yield row
 
     def _finish(self) -> None:
+        progress, facts = self._progress, self._facts
+        last_seq = facts.last_seq or progress.highest_seq
+        if self.epoch or progress.after_seq:
+            # Numbers have no holes, so what is neither pruned nor here is lost.
+            gone = max(progress.after_seq, facts.removed)
+            self.unreadable = max(0, last_seq - gone - progress.live)
+        else:
+            self.unreadable = progress.bad  # nobody knows what had been pruned
         self.done = True
         self.close()
 
+    def _number(self, key: str) -> int:
+        text = self.meta(key)
+        return int(text) if text.isdecimal() and int(text) <= self._facts.last_seq else 0
+
     def close(self) -> None:
         """Close the damaged file; it stays where it is."""
-        if self._conn is not None:
-            self._conn.close()
-            self._conn = None
+        if self._images is not None:
+            self._images.close()
+            self._images = None
+            self._index.close()
 
 
-def _is_whole(row: Reading) -> bool:
-    try:
-        return intact(row)
-    except (TypeError, ValueError, AttributeError):
-        return False  # the damage changed a type
+def _facts(images: PageImages) -> _Facts:
+    facts = _Facts({}, {}, 0)
+    for page in images.of_low_pages(_FACTS_THROUGH_PAGE):
+        for at in cells(page):
+            with contextlib.suppress(ValueError, IndexError):
+                _note(facts, record_at(images, page, at)[1], in_table=page[0] == TABLE_LEAF)
+    return facts
+
+
+def _note(facts: _Facts, record: list[Value], *, in_table: bool) -> None:
+    """Keep what the record says, if it is of meta, counter or sqlite_sequence."""
+    match record:
+        case ["reading_row", int(seq)] if in_table:
+            facts.last_seq = max(facts.last_seq, seq)
+        case [str(key), str(value)] if not in_table:
+            facts.meta[key] = value
+        case [str(name), int(count)] if not in_table:
+            facts.counters[name] = count
+
+
+def _bounds(images: PageImages, page: bytes) -> tuple[int, int] | None:
+    """Return the first and the last number on a page of readings; None for any other page."""
+    if page[:1] != bytes((TABLE_LEAF,)):
+        return None
+    places = cells(page)
+    for at in places:
+        if (row := _row(images, page, at)) is not None:
+            try:
+                return row[0], rowid_at(page, places[-1])
+            except IndexError:
+                return row[0], 2**63 - 1
+    return None
+
+
+def _row(images: PageImages, page: bytes, at: int) -> Reading | None:
+    """Return the reading whose cell begins at ``at``; None if there is no whole one."""
+    # A log's last image may be torn, or of an overflow page that has another use since.
+    for by_log in (True, False):
+        with contextlib.suppress(ValueError, IndexError):
+            seq, (_, *columns) = record_at(images, page, at, by_log=by_log)
+            if len(columns) != _COLUMNS:
+                return None
+            if isinstance(value := columns[_VALUE], int):
+                columns[_VALUE] = float(value)  # SQLite stores 1.0 as 1
+            row: Reading = (seq, *columns)  # type: ignore[assignment]
+            if intact(row):
+                return row
+    return None

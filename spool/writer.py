@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spool.bell import Bell
-from spool.connection import format_version, open_owner
+from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
 from spool.records import READING_COLUMNS, NewReading, Rejection
@@ -89,6 +89,7 @@ class SpoolWriter:
             NewerFormatError: A newer release wrote it.
         """
         path = spool_path(directory)
+        refuse_orphaned_log(path)
         # Before the database: whoever can read a row can also listen.
         bell = _open_bell(directory)
         try:

@@ -1,17 +1,15 @@
 """How the collector finds its spool at start: whole, damaged, half salvaged, or gone."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from collector.__main__ import SINKS, _body, _open_spool
+from collector.__main__ import SINKS, _open_spool
 from collector.store import SALVAGE_KEY
-from lifecycle import Settings, StopRequest, load_settings
+from lifecycle import Settings, load_settings
 from spool import (
-    SPOOL_DAMAGED,
     CorruptFileError,
     DiskFullError,
     NewReading,
@@ -20,7 +18,6 @@ from spool import (
     SinkState,
     SpoolWriter,
     StorageFaultError,
-    WrongEnvironmentError,
     claim_environment,
     prepare_apart,
     set_aside,
@@ -29,10 +26,9 @@ from spool import (
 from tests.collector_parts import Logbook, deliver_through, logbook
 from tests.test_spool_recovery import PAYLOAD as PADDED
 from tests.test_spool_recovery import garble, pages_of_rows
-from tests.test_spool_writer import edit, look, new_reading
+from tests.test_spool_writer import edit, new_reading
 
 ROWS = 2_000
-COPIED = "what could be read of the damaged spool is in the new one"
 SET_ASIDE = "the damaged spool was set aside, nothing was deleted"
 
 
@@ -236,25 +232,82 @@ def test_of_several_damaged_files_the_last_one_is_copied(start: Start) -> None:
     assert salvage is not None
     assert len(copied(salvage)) == 6
     assert len(start.damaged_files()) == 4
-    spool_path(start.directory).unlink()
+    start.close()
+    for path in (spool_path(start.directory), *start.directory.glob("spool.db-*")):
+        path.unlink(missing_ok=True)
     start.damaged_files()[-1].unlink()
     _, salvage = start.open()
     assert salvage is not None
     assert len(copied(salvage)) == 5, "the second one of that second"
 
 
-def test_a_spool_without_a_readable_header_is_set_aside_and_begun_anew(
+def test_a_spool_without_a_readable_header_is_copied_from_the_slowest_cursor_all_the_same(
     start: Start, book: Logbook
 ) -> None:
     epoch = start.fill()
     deliver_through(start.directory, 1_000, epoch, "pubsub")
+    deliver_through(start.directory, 1_500, epoch, "bigquery")
     start.damage_header()
     writer, salvage = start.open()
     assert writer.epoch != epoch
     assert salvage is not None
-    assert salvage.done
+    assert salvage.epoch == epoch
+    assert seqs(copied(salvage)) == list(range(1_001, ROWS + 1))
+    assert (salvage.readable, salvage.unreadable) == (ROWS - 1_000, 0)
     assert book.levels(SET_ASIDE) == ["CRITICAL"]
     assert len(start.damaged_files()) == 1
+
+
+def test_a_read_error_that_passes_at_the_start_sets_nothing_aside(
+    start: Start, book: Logbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = start.fill()
+    real = SpoolWriter.open
+    errors = [CorruptFileError("EIO", spool_path(start.directory))]
+
+    def failing_once(directory: Path) -> SpoolWriter:
+        if errors:
+            raise errors.pop()
+        return real(directory)
+
+    monkeypatch.setattr(SpoolWriter, "open", failing_once)
+    writer, salvage = start.open()
+    assert (writer.epoch, salvage) == (epoch, None)
+    assert start.damaged_files() == []
+    assert book.levels("opened once more") == ["WARNING"]
+    assert book.lines("the spool is damaged") == []
+
+
+@pytest.mark.parametrize("left", ["nothing", "no bytes"])
+def test_a_log_whose_database_is_gone_is_set_aside_and_its_readings_are_copied(
+    start: Start, book: Logbook, left: str
+) -> None:
+    writer = SpoolWriter.open(start.directory)
+    writer.append([new_reading(n, payload=PADDED) for n in range(50)], [], {})
+    log = start.directory / "spool.db-wal"
+    content = log.read_bytes()
+    writer.close()
+    for path in start.directory.glob("spool.db*"):
+        path.unlink()
+    log.write_bytes(content)  # as a kill leaves it
+    if left == "no bytes":
+        spool_path(start.directory).touch()
+    new, salvage = start.open()
+    assert new.epoch != writer.epoch
+    assert salvage is not None
+    assert salvage.epoch == writer.epoch
+    assert seqs(copied(salvage)) == list(range(1, 51))
+    assert book.levels(SET_ASIDE) == ["CRITICAL"]
+    (aside,) = start.damaged_files()
+    assert aside.with_name(f"{aside.name}-wal").read_bytes() == content
+
+
+def test_an_empty_file_without_a_log_is_a_new_spool(start: Start, book: Logbook) -> None:
+    spool_path(start.directory).touch()
+    (start.directory / "spool.db-wal").touch()
+    _, salvage = start.open()
+    assert salvage is None
+    assert book.lines() == []
 
 
 def test_a_spool_that_is_gone_is_told_of_where_forwarders_have_worked_on_one(
@@ -300,85 +353,12 @@ def test_a_spool_that_cannot_be_opened_is_not_set_aside(
     assert spool_path(start.directory).exists()
 
 
-# The whole body, with a broker that refuses every connection.
-
-
-@pytest.fixture
-def no_broker() -> Iterator[str]:
-    """A port that is taken but that nobody listens on."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield str(holder.getsockname()[1])
-
-
-@pytest.fixture
-def stop() -> Iterator[StopRequest]:
-    made = StopRequest()
-    yield made
-    made.close()
-
-
-def on_disk(start: Start) -> list[NewReading]:
-    columns = "event_id, received_us, timestamp_us, site_code, sensor_id, pi_tag, value, topic"
-    sql = f"SELECT {columns}, payload, crc FROM reading_row ORDER BY seq"  # noqa: S608
-    return look(spool_path(start.directory), sql)  # type: ignore[return-value]
-
-
-def run_body(start: Start, stop: StopRequest, port: str, **variables: str) -> None:
-    where = {"MQTT_BROKER": "127.0.0.1", "MQTT_PORT": port}
-    _body(start.settings(**where, **variables), stop)
-
-
-@pytest.mark.parametrize("window", ["10", "100000"])
-def test_damage_that_shows_later_is_set_aside_by_its_owner_and_copied_at_the_next_start(
-    start: Start, stop: StopRequest, no_broker: str, book: Logbook, window: str
-) -> None:
-    start.fill()
-    start.damage_page()
-    state = SinkState.open(start.directory, "pubsub")
-    state.set_status(SPOOL_DAMAGED, "a forwarder could not read it")
-    state.close()
-    with pytest.raises(CorruptFileError):
-        run_body(start, stop, no_broker, DEDUP_WINDOW=window)
-    # A large window is read at the start; else it is the forwarder's word that shows it.
-    assert stop.requested is (window == "10")
-    (damaged,) = start.damaged_files()
-    assert not spool_path(start.directory).exists()
-    assert book.values(SET_ASIDE) == [{"file": str(damaged)}]
-    # supervisord starts it again.
-    again = StopRequest()
-    book.when(COPIED, lambda: again.request("all is copied"))
-    run_body(start, again, no_broker)
-    again.close()
-    (told,) = book.values(COPIED)
-    rows = on_disk(start)
-    lost = sorted(set(range(1, ROWS + 1)) - set(seqs(rows)))
-    assert 0 < len(lost) < 30
-    assert told == {
-        "file": str(damaged),
-        "salvaged_rows": ROWS - len(lost),
-        "damaged_rows": len(lost),
-    }
-    assert len(set(seqs(rows))) == len(rows)
-
-
-def test_a_start_and_stop_without_a_broker_is_clean(
-    start: Start, stop: StopRequest, no_broker: str, book: Logbook
-) -> None:
-    book.when("cannot reach the broker", lambda: stop.request("SIGTERM"))
-    run_body(start, stop, no_broker)
-    assert len(book.lines("cannot reach the broker")) == 1
-    assert look(spool_path(start.directory), "SELECT value FROM meta WHERE key='app_env'") == [
-        ("LOCAL",)
-    ]
-    shown = look(spool_path(start.directory), "SELECT sink, state FROM backlog")
-    assert shown == [("bigquery", "no file"), ("pubsub", "no file")]
-
-
-def test_another_environments_readings_refuse_the_start(
-    start: Start, stop: StopRequest, no_broker: str
-) -> None:
-    start.fill(3, app_env="PRD")
-    with pytest.raises(WrongEnvironmentError):
-        run_body(start, stop, no_broker)
-    assert len(on_disk(start)) == 3
+def test_what_was_taken_under_an_earlier_environment_is_not_copied(start: Start) -> None:
+    start.fill(30)
+    edit(
+        spool_path(start.directory), "INSERT INTO meta (key, value) VALUES ('app_env_from_seq', 20)"
+    )
+    start.damage_schema()
+    _, salvage = start.open()  # of a sink whose own file is gone, so that it has no cursor
+    assert salvage is not None
+    assert seqs(copied(salvage)) == list(range(21, 31))

@@ -1,24 +1,31 @@
 """A damaged spool is set aside whole, and every row that can still be read is given back."""
 
+import errno
+import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
+import spool.recovery
 from spool import (
     CorruptFileError,
     NewReading,
     Salvage,
     SpoolReader,
     SpoolWriter,
+    confirmed,
     set_aside,
     spool_path,
 )
-from spool.recovery import SALVAGE_STEP_ROWS
-from tests.test_spool_writer import edit, new_reading
+from spool.records import READING_COLUMNS
+from spool.recovery import SALVAGE_STEP_BYTES, SALVAGE_STEP_ROWS
+from tests.test_spool_writer import edit, look, new_reading
 
 PAGE = 4096
 LEAF_OF_A_TABLE = 0x0D
+INSIDE_A_TABLE = 0x05
 ROWS = 2000
 PAYLOAD = b'{"padding":"%s"}' % (b"x" * 150)
 
@@ -65,7 +72,9 @@ def test_everything_is_given_back_from_a_file_that_is_whole(damaged: Path) -> No
     rows = salvaged(salvage)
     assert rows == [new_reading(n, payload=PAYLOAD) for n in range(ROWS)]
     assert (salvage.readable, salvage.unreadable) == (ROWS, 0)
-    assert Salvage(damaged, 0).step() == rows[:SALVAGE_STEP_ROWS]
+    step = Salvage(damaged, 0).step()
+    assert SALVAGE_STEP_ROWS <= len(step) < SALVAGE_STEP_ROWS + 2 * PAGE // len(PAYLOAD)
+    assert step == rows[: len(step)]
 
 
 def test_what_every_sink_has_is_not_given_back(damaged: Path) -> None:
@@ -146,6 +155,8 @@ def test_a_salvage_that_is_interrupted_after_any_step_goes_on_where_it_was(
         if position:
             salvage = Salvage.resumed(position)
     assert rows == whole
+    assert salvage.readable == len(rows), "the sum of all"
+    assert salvage.unreadable == ROWS - len(rows)
 
 
 def test_the_damaged_files_epoch_says_which_cursors_belong_to_it(tmp_path: Path) -> None:
@@ -153,6 +164,205 @@ def test_the_damaged_files_epoch_says_which_cursors_belong_to_it(tmp_path: Path)
     epoch = writer.epoch
     writer.close()
     assert Salvage(set_aside(spool_path(tmp_path)), 0).epoch == epoch
+
+
+# What SQLite can no longer read at all.
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> tuple[Path, str]:
+    """A spool whose first 800 rows were pruned, on pages that are now free; and its epoch."""
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n, payload=PAYLOAD) for n in range(ROWS)], [], {"spooled": ROWS})
+    assert writer.delete_through(800, "pruned") == 800
+    writer.checkpoint()
+    writer.close()
+    return set_aside(spool_path(tmp_path), now_s=0), writer.epoch
+
+
+def overwrite(path: Path, offset: int, size: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(random.Random(size).randbytes(size))  # noqa: S311 - damage, not a secret
+
+
+def inner_pages(path: Path) -> list[int]:
+    """Return the pages above the leaves, that of the schema left out."""
+    data = path.read_bytes()
+    return [n for n in range(1, len(data) // PAGE) if data[n * PAGE] == INSIDE_A_TABLE]
+
+
+@pytest.mark.parametrize("size", [1, 16, 100, PAGE])
+def test_a_garbage_header_or_first_page_costs_nothing(pruned: tuple[Path, str], size: int) -> None:
+    damaged, epoch = pruned
+    overwrite(damaged, 0, size)
+    salvage = Salvage(damaged, 0)
+    assert (salvage.epoch, salvage.waiting(), salvage.waiting(1_990)) == (epoch, 2_000, 10)
+    salvage.skip_to(900)
+    assert numbers(salvaged(salvage)) == set(range(900, ROWS))
+    assert (salvage.readable, salvage.unreadable) == (ROWS - 900, 0)
+
+
+def test_garbage_in_place_of_all_pages_above_the_rows_costs_nothing(damaged: Path) -> None:
+    assert inner_pages(damaged)
+    for page in inner_pages(damaged):
+        garble(damaged, page)
+    salvage = Salvage(damaged, 0)
+    assert [row[0] for row in salvaged(salvage)] == [new_reading(n)[0] for n in range(ROWS)]
+    assert (salvage.readable, salvage.unreadable) == (ROWS, 0)
+
+
+@pytest.mark.parametrize("after_seq", [0, 600, 1_000])
+def test_pruned_rows_are_never_counted_as_lost(pruned: tuple[Path, str], after_seq: int) -> None:
+    damaged, _ = pruned
+    garble(damaged, page_of(damaged, 1_500))
+    salvage = Salvage(damaged, after_seq)
+    found = numbers(salvaged(salvage))
+    lost = set(range(max(800, after_seq), ROWS)) - found
+    assert 0 < len(lost) <= PAGE // len(PAYLOAD)
+    assert salvage.unreadable == len(lost)
+    assert min(found) >= after_seq
+
+
+def test_without_meta_and_counters_everything_is_given_back_and_nothing_counted_as_lost(
+    pruned: tuple[Path, str],
+) -> None:
+    damaged, _ = pruned
+    first = min(pages_of_rows(damaged))
+    overwrite(damaged, 0, first * PAGE)
+    salvage = Salvage(damaged, 0)
+    assert (salvage.epoch, salvage.app_env, salvage.waiting()) == ("", "", 1)
+    assert numbers(salvaged(salvage)) >= set(range(800, ROWS))
+    assert salvage.unreadable == 0
+
+
+def page_of(path: Path, number: int) -> int:
+    """Return the page that has the reading."""
+    return path.read_bytes().index(new_reading(number)[0]) // PAGE
+
+
+def test_a_read_error_that_passes_during_the_salvage_costs_nothing(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = os.pread, set()
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if offset not in failed:
+            failed.add(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, size, offset)
+
+    salvage = Salvage(damaged, 0)
+    monkeypatch.setattr(os, "pread", pread)
+    assert numbers(salvaged(salvage)) == set(range(ROWS))
+    assert len(failed) > ROWS * len(PAYLOAD) // PAGE
+
+
+def test_what_was_suspected_of_a_file_that_is_set_aside_says_nothing_of_the_next(
+    tmp_path: Path,
+) -> None:
+    path = spool_path(tmp_path)
+    SpoolWriter.open(tmp_path).close()
+    assert not confirmed(path)
+    set_aside(path)
+    SpoolWriter.open(tmp_path).close()
+    assert not confirmed(path)
+
+
+def test_a_page_the_disk_cannot_read_costs_what_is_on_it(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = page_of(damaged, 1_000)
+    real = os.pread
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if offset == bad * PAGE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    salvage = Salvage(damaged, 0)
+    lost = set(range(ROWS)) - numbers(salvaged(salvage))
+    assert 1_000 in lost
+    assert len(lost) <= PAGE // len(PAYLOAD)
+    assert salvage.unreadable == len(lost)
+
+
+def test_a_torn_page_in_the_log_hides_no_row(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    rows = [new_reading(n, payload=bytes((n,)) * 3 * PAGE) for n in range(20)]
+    writer.append(rows, [], {})
+    writer.checkpoint()
+    writer.close()
+    damaged = set_aside(spool_path(tmp_path), now_s=0)
+    pages = damaged.stat().st_size // PAGE
+    log = bytearray(32)
+    for page in range(1, pages + 1):
+        log += page.to_bytes(4, "big") + bytes(20) + random.Random(page).randbytes(PAGE)  # noqa: S311
+    damaged.with_name(f"{damaged.name}-wal").write_bytes(log)
+    assert salvaged(Salvage(damaged, 0)) == rows
+
+
+def test_a_row_is_given_back_once_however_many_images_of_its_page_there_are(
+    tmp_path: Path,
+) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    for n in range(60):  # each commit writes the last page anew
+        writer.append([new_reading(n)], [], {})
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tmp_path.glob("spool.db*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    salvage = Salvage(set_aside(spool_path(copy)), 0)
+    assert salvaged(salvage) == [new_reading(n) for n in range(60)]
+    assert (salvage.readable, salvage.unreadable) == (60, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_damage_makes_a_row_that_was_never_there(damaged: Path, seed: int) -> None:
+    dice = random.Random(seed)  # noqa: S311 - damage, not a secret
+    data = bytearray(damaged.read_bytes())
+    for _ in range(dice.choice((10, 1_000, 20_000))):
+        data[dice.randrange(len(data))] = dice.randrange(256)
+    damaged.write_bytes(data)
+    known = {new_reading(n, payload=PAYLOAD) for n in range(ROWS)}
+    assert set(salvaged(Salvage(damaged, 0))) <= known
+
+
+def test_large_readings_end_a_step_early(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n, payload=b"x" * 100_000) for n in range(30)], [], {})
+    writer.close()
+    step = Salvage(set_aside(spool_path(tmp_path)), 0).step()
+    assert SALVAGE_STEP_BYTES <= sum(len(row[8]) for row in step) < 2 * SALVAGE_STEP_BYTES
+
+
+def test_a_large_file_is_looked_through_step_by_step(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool.recovery, "SCAN_STEP_PAGES", 20)
+    salvage = Salvage(damaged, 0)
+    assert salvage.step() == []
+    assert not salvage.done
+    assert salvage.position() == Salvage(damaged, 0).position()
+    assert numbers(salvaged(salvage)) == set(range(ROWS))
+
+
+def test_the_position_of_an_earlier_release_is_gone_on_from(damaged: Path) -> None:
+    salvage = Salvage.resumed(json.dumps([str(damaged), 1_500, 1_800, True, False]))
+    assert numbers(salvaged(salvage)) == set(range(1_500, ROWS))
+
+
+def test_a_format_with_other_columns_is_noticed(tmp_path: Path) -> None:
+    """What is read without the schema has to be told of every change of it."""
+    SpoolWriter.open(tmp_path).close()
+    names = [
+        name
+        for (name,) in look(
+            spool_path(tmp_path), "SELECT name FROM pragma_table_info('reading_row')"
+        )
+    ]
+    assert names == ["seq", *READING_COLUMNS.split(", ")]
 
 
 def test_skipping_never_goes_backwards(damaged: Path) -> None:

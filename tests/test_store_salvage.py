@@ -16,6 +16,7 @@ from spool import (
     set_aside,
     spool_path,
 )
+from spool.recovery import SALVAGE_STEP_ROWS
 from tests.collector_parts import (
     MIB,
     Fault,
@@ -103,12 +104,16 @@ def test_a_copy_that_is_interrupted_goes_on_where_it_was(
     d.begin()
     d.inbox.close()
     d.store.join()
-    assert d.ids() == [identity(message(1)), *OLD[:1000]]
+    copied = len(d.ids()) - 1
+    assert SALVAGE_STEP_ROWS <= copied < SALVAGED
+    assert d.ids() == [identity(message(1)), *OLD[:copied]]
     later = desk(salvage=Salvage.resumed(d.on_disk.meta(SALVAGE_KEY)))
     with logbook() as book:
         book.when(COPIED, later.inbox.close)
         later.begin()
         later.store.join()
+        (told,) = book.values(COPIED)
+    assert told["salvaged_rows"] == SALVAGED, "the sum of both"
     assert later.ids() == [identity(message(1)), *OLD]
     assert later.counters()["salvaged"] == SALVAGED
 
@@ -156,7 +161,7 @@ def test_a_copy_that_finds_no_room_does_not_try_again_at_once(
     book.when(COPIED, d.inbox.close)
     d.begin()
     d.store.join()
-    assert d.inbox.waits == [0.0, 0.0, 0.001, 0.001, 0.0, 0.0]
+    assert d.inbox.waits == [0.0, 0.0, 0.001, 0.001, 0.0]
 
 
 def test_a_copy_that_finds_no_room_does_not_keep_the_pruning_from_making_some(
@@ -229,6 +234,37 @@ def test_a_copy_outlives_a_disk_that_is_really_full(
         assert script.openings == 4
         assert d.ids() == [row[0] for row in rows]
         d.on_disk.close()  # before its disk goes
+
+
+def test_a_copy_waits_for_room_in_the_budget_and_leaves_some_for_new_readings(
+    desk: Callable[..., Desk], tmp_path: Path, book: Logbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector.store, "IDLE_WAIT_S", 0.001)
+    writer = SpoolWriter.open(tmp_path)
+    # Two on a page, so that they take little more than what they hold.
+    writer.append([new_reading(n, payload=b"x" * 1_900) for n in range(SALVAGED)], [], {})
+    writer.close()
+    damaged = set_aside(spool_path(tmp_path), now_s=0)
+    used: list[int] = []
+
+    def look_and_go_on() -> None:
+        used.append(d.on_disk.used_bytes())
+        d.inbox.put(read(message(1)))
+
+    def deliver_all() -> None:
+        deliver_through(d.directory, d.on_disk.last_seq(), d.writer.epoch)
+
+    d: Desk = salvaging(desk, damaged, max_bytes=4 * MIB, on_ack=deliver_all)
+    book.when("is not copied until there is room", look_and_go_on)
+    book.when(COPIED, d.inbox.close)
+    d.begin()
+    d.store.join()
+    assert len(used) == 1
+    assert 2 * MIB < used[0] <= 4 * MIB < damaged.stat().st_size
+    assert d.acked == [(1, [(1, 1)])], "before there was room for the rest"
+    assert d.counters()["salvaged"] == SALVAGED
+    assert d.counters()["pruned"] > 0
+    assert d.ids()[-1] == OLD[-1]
 
 
 def test_an_error_of_the_copy_is_no_full_disk_and_ends_the_program(

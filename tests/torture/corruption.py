@@ -8,12 +8,12 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.harness import COLLECTOR, IMPATIENT, PROGRAMS, Packet, Rig, wait_until
+from tests.harness import COLLECTOR, IMPATIENT, PROGRAMS, Packet, Received, Rig, wait_until
 from tests.harness.books import Figures
 from tests.torture.ledger import Lawful, reckon
 from tests.torture.report import Report
@@ -26,8 +26,9 @@ PENDING = 300
 
 PADDING_BYTES = 700
 ROWS_PER_PAGE = 6
-RECEIVING_AGAIN_S = 20.0
-"""Seconds, on a machine that is busy with other things; a start alone takes two of them."""
+RECEIVING_AGAIN_S = 30.0
+"""Seconds, on a machine that is busy with other things; a start alone takes two of them, and damage
+that shows while it runs takes three starts."""
 
 SETTLE_TIMEOUT_S = 60.0
 _LEAF_OF_A_TABLE = 0x0D
@@ -73,7 +74,13 @@ def _truncate(path: Path, dice: random.Random) -> int:
 
 def _garbage_header(path: Path, dice: random.Random) -> int:
     _overwrite(path, 0, dice.randbytes(100))
-    return READINGS + PENDING
+    return 0  # each page of readings is whole
+
+
+def _garbage_before_the_readings(path: Path, dice: random.Random) -> int:
+    """Header, schema, meta, counters, and the top of the readings' tree."""
+    _overwrite(path, 0, dice.randbytes(_leaves(path)[0] * PAGE_BYTES))
+    return 0
 
 
 def _garbage_everywhere(path: Path, dice: random.Random) -> int:
@@ -89,6 +96,11 @@ def _garbage_behind_the_header(path: Path, dice: random.Random) -> int:
 def _empty(path: Path, _: random.Random) -> int:
     path.write_bytes(b"")
     return READINGS + PENDING
+
+
+def _remove(path: Path, _: random.Random) -> int:
+    path.unlink()
+    return READINGS + PENDING  # but for what the log has
 
 
 def _foreign(path: Path, _: random.Random) -> int:
@@ -121,8 +133,13 @@ DAMAGES: dict[str, Damage] = {
     "garbage pages": Damage(_garbage_page, "spool", aside=True, said=_SPOOL_ASIDE),
     "cut short": Damage(_truncate, "spool", aside=True, said=_SPOOL_ASIDE),
     "garbage in the header": Damage(_garbage_header, "spool", aside=True, said=_SPOOL_ASIDE),
+    "garbage before the readings": Damage(
+        _garbage_before_the_readings, "spool", aside=True, said=_SPOOL_ASIDE
+    ),
     "another program's database": Damage(_foreign, "spool", aside=True, said=_SPOOL_ASIDE),
     "emptied": Damage(_empty, "spool", aside=False, said="spool.db was not there"),
+    "emptied beside its log": Damage(_empty, "spool", aside=True, killed=True, said=_SPOOL_ASIDE),
+    "gone beside its log": Damage(_remove, "spool", aside=True, killed=True, said=_SPOOL_ASIDE),
     "without its index": Damage(_remove_index, "spool", aside=False, killed=True),
     **{
         f"{sink}: {name}": Damage(hurt, sink, aside=True, repeats=_BOTH, said=_SINK_ASIDE)
@@ -184,12 +201,16 @@ def suffer(name: str, dice: random.Random, report: Report) -> None:
             report.violations += [f"{log}: {text}" for log, text in rig.logs()]
             return
         of_spool = damage.file == "spool" and _epoch(rig) != before[0]
+        anew = {
+            sink: _anew_from(rig.cloud.received(sink), arrived)
+            for sink, arrived in before[2].items()
+        }
         lawful = Lawful(
             lost=may_cost if damage.file == "spool" else 0,
             repeats=damage.repeats | (_BOTH if of_spool else frozenset()),
             order_by="seq",
-            earlier=before[1] if of_spool else None,
-            received_before={sink: n for sink, n in before[2].items() if of_spool},
+            earlier=_with_later(before[1], before[2], anew) if of_spool else None,
+            received_before=anew if of_spool else {},
         )
         ledger = reckon(rig, tap, lawful)
         report.violations += [f"{name}: {text}" for text in ledger.violations]
@@ -200,6 +221,25 @@ def suffer(name: str, dice: random.Random, report: Report) -> None:
             report.counts[f"{sink} repeated"] += one.repeated
             report.counts[f"{sink} dead-lettered"] += one.dead_lettered
         report.counts["salvaged"] += rig.books.counter("salvaged")
+
+
+def _anew_from(received: Sequence[Received], arrived: int) -> int:
+    """Return the place of the first reading of the new spool, behind the ``arrived`` ones of then.
+
+    The collector looks twice before it sets a spool aside, and meanwhile the forwarders go on
+    with it: behind their cursors, and so with higher numbers than the new one begins with.
+    """
+    places = range(arrived, len(received))
+    return next((place for place in places if received[place].seq <= READINGS), arrived)
+
+
+def _with_later(figures: Figures, arrived: dict[str, int], anew: dict[str, int]) -> Figures:
+    """Return the old spool's books with what was delivered from it after the damage as well."""
+    sinks = {
+        sink: replace(one, delivered=one.delivered + anew[sink] - arrived[sink])
+        for sink, one in figures.sinks.items()
+    }
+    return replace(figures, sinks=sinks)
 
 
 @contextmanager
@@ -252,6 +292,12 @@ def _go_on(rig: Rig, damage: Damage) -> None:
         rig.programs[name].start()
     rig.publisher.publish(_packets(rig, READINGS))
     number = rig.publisher.samples[-1].number
+    # Not before: whoever looks into an emptied file makes SQLite delete the log beside it.
+    wait_until(
+        lambda: _restarted(rig) and damage.said in rig.programs[owner].log.read_text("utf-8"),
+        RECEIVING_AGAIN_S,
+        f"{owner} says {damage.said!r}",
+    )
     query = f"SELECT 1 FROM reading_row WHERE value = {number}"  # noqa: S608 - a number of ours
     wait_until(
         lambda: _restarted(rig) and _readable(lambda: rig.books.rows("spool", query)),
@@ -264,7 +310,6 @@ def _go_on(rig: Rig, damage: Damage) -> None:
         "everything is delivered",
     )
     text = rig.programs[owner].log.read_text(errors="replace")
-    assert damage.said in text, f"{owner} does not say {damage.said!r}"
     if damage.said:
         (line,) = [line for line in text.splitlines() if damage.said in line][:1]
         assert '"CRITICAL"' in line, f"no alarm: {line}"
