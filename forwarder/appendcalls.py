@@ -53,7 +53,7 @@ class AppendCalls:
         self._outdated = False
         self._appender: Appender | None = None
         self._changed_at = float("-inf")
-        self.refusals = RefusalRun()
+        self.refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self.unanswered: deque[Append] = deque()
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ class InsertAllSink:
         self._table = self._service.table
         self._columns: Sequence[Column] = ()
         self._give_back_at = float("inf")
-        self._refusals = RefusalRun()
+        self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self.meanwhile: Callable[[], object] = lambda: None
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")

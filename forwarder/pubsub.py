@@ -96,7 +96,7 @@ class PubSubSink:
         self._client: PublisherClient | None = None
         self._publish: grpc.UnaryUnaryMultiCallable | None = None
         self._credentials: Credentials | None = None
-        self._refusals = RefusalRun()
+        self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self._suspects: list[DeadLetter] = []
         """Refused since the last row that was accepted in this delivery."""
         self.meanwhile: Callable[[], object] = lambda: None

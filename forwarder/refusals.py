@@ -7,6 +7,7 @@ from one accepted row to the next, over deliveries; many in a row are a fault of
 is held until it is mended, and none of those rows is given up.
 
 A row that comes alone, refused, is still a dead letter: it must not stand in the way for ever.
+And where many are at fault themselves, ``REFUSED_POLICY=dead-letter`` lets an operator go on.
 """
 
 from forwarder.sink import Fault, FaultKind
@@ -21,9 +22,14 @@ longer than a few, and their schema was right a moment ago."""
 
 
 class RefusalRun:
-    """Counts refused rows from one accepted row to the next; one for each sink."""
+    """Counts refused rows from one accepted row to the next; one for each sink.
 
-    def __init__(self) -> None:
+    Args:
+        hold: Whether many in a row are a fault of the service, as REFUSED_POLICY says.
+    """
+
+    def __init__(self, *, hold: bool = True) -> None:
+        self._hold = hold
         self._earlier = 0
         """Those that became dead letters since the last row that was accepted."""
         self._now = 0
@@ -62,12 +68,12 @@ class RefusalRun:
     @property
     def enough(self) -> bool:
         """Whether this delivery has tried so many that more would tell nothing new."""
-        return self._now > self._limit
+        return self._hold and self._now > self._limit
 
     @property
     def of_all(self) -> bool:
         """Whether the service refuses every row, as far as was tried: bury none of them."""
-        return self._earlier + self._now > self._limit
+        return self._hold and self._earlier + self._now > self._limit
 
     @property
     def _limit(self) -> int:
@@ -83,5 +89,8 @@ def refuses_all(what: str, words: str, remedy: str) -> Fault:
         remedy: The command that shows what is wrong.
     """
     return Fault(
-        FaultKind.HOLD, f"{what}: every row is refused, so none is given up: {words}", remedy
+        FaultKind.HOLD,
+        f"{what}: every row is refused, so none is given up: {words}",
+        f"{remedy}; if it is right, and the readings are not, REFUSED_POLICY=dead-letter and a "
+        "restart of this forwarder put them aside",
     )

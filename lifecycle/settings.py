@@ -82,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     site_mismatch: Literal["warn", "reject"] = "warn"
     max_payload_bytes: Annotated[int, Meta(ge=1, le=8 * KIB**2)] = 256 * KIB
     max_drain_rate: Annotated[int, Meta(ge=0)] = 0
+    refused_policy: Literal["hold", "dead-letter"] = "hold"
     pubsub_enabled: bool = True
     bigquery_enabled: bool = True
     pubsub_endpoint: HostPort = ""
@@ -123,6 +124,7 @@ _EXPECTED = {
     "site_mismatch": "warn or reject",
     "max_payload_bytes": "bytes from 1 to 8388608",
     "max_drain_rate": "rows per second as a whole number; 0 for no limit",
+    "refused_policy": "hold or dead-letter",
     "pubsub_enabled": "true or false",
     "bigquery_enabled": "true or false",
     "pubsub_endpoint": "a host or host:port, such as europe-west1-pubsub.googleapis.com:443",

@@ -103,6 +103,7 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "DEDUP_WINDOW": "x",
         "TIMESTAMP_FORMATS": "iso",
         "SITE_MISMATCH": "maybe",
+        "REFUSED_POLICY": "lose",
         "MAX_PAYLOAD_BYTES": "0",
         "MAX_DRAIN_RATE": "fast",
         "PUBSUB_ENABLED": "perhaps",

@@ -60,6 +60,17 @@ def held(service: Service, delivery: Delivery, rows: Sequence[Reading]) -> None:
     assert delivery.fault.kind is FaultKind.HOLD
     assert "every row is refused" in delivery.fault.problem
     assert REMEDIES[service.sink.name] in delivery.fault.remedy
+    assert "REFUSED_POLICY=dead-letter" in delivery.fault.remedy
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_operator_may_choose_to_put_aside_what_is_refused(name: str) -> None:
+    service = SERVICES[name](REFUSED_POLICY="dead-letter")
+    rows = readings(2 * REFUSED_AMID_MAX)
+    poison(service, rows[:-1])
+    assert deliver_to_the_end(service, rows) == [row[0] for row in rows[:-1]]
+    assert service.arrived() == [rows[-1][0]]
+    service.close()
 
 
 def poison(service: Service, rows: Sequence[Reading]) -> None:

@@ -45,6 +45,7 @@ WRONG = {
     "DEDUP_WINDOW": "many",
     "TIMESTAMP_FORMATS": "iso",
     "SITE_MISMATCH": "ignore",
+    "REFUSED_POLICY": "drop",
     "MAX_PAYLOAD_BYTES": "0",
     "MAX_DRAIN_RATE": "-5",
     "PUBSUB_ENABLED": "yes",

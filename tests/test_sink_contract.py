@@ -55,7 +55,7 @@ class PubSub:
     independent = True
     """Whether a request may succeed after another one failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environ: str) -> None:
         self.fake = FakePubSub(topics=[TOPIC]).start()
         self.sink: Sink = PubSubSink(
             load_settings(
@@ -65,6 +65,7 @@ class PubSub:
                     "PUBSUB_TOPIC": "readings",
                     "BIGQUERY_ENABLED": "false",
                     "PUBSUB_EMULATOR_HOST": self.fake.address,
+                    **environ,
                 },
                 "gate-1",
             )
@@ -110,7 +111,7 @@ class BigQuery:
     """insertAll promises no order, and its requests run side by side."""
     independent = True
 
-    def __init__(self) -> None:
+    def __init__(self, **environ: str) -> None:
         self.fake = FakeBigQuery().start()
         self.fake.create_table(TABLE)
         self.sink: Sink = InsertAllSink(
@@ -123,6 +124,7 @@ class BigQuery:
                     "PUBSUB_ENABLED": "false",
                     "BIGQUERY_WRITE_METHOD": "insert_all",
                     "BIGQUERY_EMULATOR_HOST": self.fake.url,
+                    **environ,
                 },
                 "gate-1",
             )
@@ -166,7 +168,7 @@ class Storage:
     independent = False
     method = "storage"
 
-    def __init__(self) -> None:
+    def __init__(self, **environ: str) -> None:
         self.tables = FakeBigQuery().start()
         self.tables.create_table(TABLE)
         self.fake = FakeWriteApi(self.tables.store).start()
@@ -182,6 +184,7 @@ class Storage:
                 "BIGQUERY_WRITE_METHOD": self.method,
                 "BIGQUERY_EMULATOR_HOST": self.tables.url,
                 "BIGQUERY_STORAGE_EMULATOR_HOST": self.fake.address,
+                **environ,
             },
             "gate-1",
         )
