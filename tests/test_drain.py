@@ -173,6 +173,16 @@ def everything_delivered(_: int, __: Sequence[Reading]) -> Delivery | None:
     return None
 
 
+def assert_settled_once_in_order(bench: Bench, sink: RandomSink, rows: int) -> None:
+    """Hold a drain to it: each of the rows is delivered or dead, once, in order per site."""
+    acknowledged = [row[0] for row in sink.acknowledged]
+    assert sorted(acknowledged + sink.dead) == list(range(1, rows + 1))
+    for site in SITES:
+        of_site = [row[0] for row in sink.acknowledged if row[4] == site]
+        assert of_site == sorted(of_site)
+    assert bench.counters() == (len(acknowledged), len(sink.dead), 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 40),
@@ -185,12 +195,7 @@ def test_every_row_is_settled_exactly_once_and_in_order(
     bench = Bench(tmp_path_factory.mktemp("spool"), rows)
     sink = RandomSink(seed, trouble)
     bench.drain(sink)
-    acknowledged = [row[0] for row in sink.acknowledged]
-    assert sorted(acknowledged + sink.dead) == list(range(1, rows + 1))
-    for site in SITES:
-        of_site = [row[0] for row in sink.acknowledged if row[4] == site]
-        assert of_site == sorted(of_site)
-    assert bench.counters() == (len(acknowledged), len(sink.dead), 0)
+    assert_settled_once_in_order(bench, sink, rows)
     kept = [seq for (seq,) in look(bench.state.path, "SELECT seq FROM dead_letter ORDER BY seq")]
     assert kept == sorted(sink.dead)
     bench.close()
