@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -301,19 +302,24 @@ def test_an_installation_runs_without_privileges() -> None:
 
 @as_root
 def test_a_collector_of_an_unprivileged_user_has_no_capability() -> None:
-    with Rig(APP_ENV="LOCAL") as rig:
+    # The checkout may lie where only root can look, so it is shown at another place, to this
+    # process alone.
+    with tempfile.TemporaryDirectory(prefix="sluice-") as readable, Rig(APP_ENV="LOCAL") as rig:
+        Path(readable).chmod(0o755)
+        checkout = Path(readable) / "checkout"
+        checkout.mkdir()
         owner = pwd.getpwnam(STRANGER)
         os.chown(rig.spool_dir, owner.pw_uid, owner.pw_gid)
         rig.spool_dir.chmod(0o2750)
         collector = rig.programs[COLLECTOR]
-        command = ["setpriv", f"--reuid={STRANGER}", f"--regid={owner.pw_gid}", "--clear-groups"]
-        command += ["--no-new-privs", "--bounding-set=-all", "--", "/usr/bin/env", "true"]
-        subprocess.run(command, check=True)
+        show = 'mount --bind "$0" "$1" && cd "$1" && shift && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", show, str(ROOT), str(checkout)]
+        command += ["setpriv", f"--reuid={STRANGER}", f"--regid={owner.pw_gid}", "--clear-groups"]
+        command += ["--no-new-privs", "--bounding-set=-all", "--"]
+        subprocess.run([*command, "/usr/bin/env", "true"], check=True)
+        python = sys.executable.replace(f"{ROOT}/", f"{checkout}/", 1)
         rig.programs[COLLECTOR] = Program(
-            COLLECTOR,
-            [*command[:-2], sys.executable, "-m", "collector"],
-            collector.environment,
-            collector.log,
+            COLLECTOR, [*command, python, "-m", "collector"], collector.environment, collector.log
         )
         rig.start(COLLECTOR)
         rig.publish(READINGS)
