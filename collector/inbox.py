@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from collector.gather import ENOUGH_MESSAGES, Gathering
 from collector.packets import Message
 
 INBOX_MAX_MESSAGES = 10_000
@@ -32,15 +33,19 @@ class Inbox:
 
     Args:
         on_room: Called, from the taking thread, when reading may go on.
+        gathering: Decides how long what is there waits for more.
     """
 
-    def __init__(self, on_room: Callable[[], None]) -> None:
+    def __init__(self, on_room: Callable[[], None], gathering: Gathering | None = None) -> None:
         self._on_room = on_room
+        self._gathering = gathering or Gathering()
         self._items: deque[Delivered] = deque()
         self._messages = 0
         self._bytes = 0
         self._paused = False
         self._closed = False
+        self._wanted = 1
+        """With how many messages the taking thread wants to be woken."""
         self._changed = threading.Condition()
 
     def put(self, delivered: Delivered) -> None:
@@ -49,7 +54,8 @@ class Inbox:
             self._items.append(delivered)
             self._messages += len(delivered.messages)
             self._bytes += delivered.size
-            self._changed.notify()
+            if self._messages >= self._wanted:
+                self._changed.notify()
 
     @property
     def full(self) -> bool:
@@ -61,6 +67,8 @@ class Inbox:
     def take(self, max_messages: int, timeout_s: float) -> list[Delivered]:
         """Return what waits, oldest first: at least one item if any, then up to the limit.
 
+        A few messages wait for more, as :mod:`collector.gather` says.
+
         Args:
             max_messages: Stop before the item that would exceed this.
             timeout_s: How long to wait for something.
@@ -68,6 +76,8 @@ class Inbox:
         with self._changed:
             if not self._items and not self._closed:
                 self._changed.wait(timeout_s)
+            if self._items:
+                self._gather()
             taken: list[Delivered] = []
             count = 0
             while self._items and (
@@ -84,6 +94,16 @@ class Inbox:
         if wake:
             self._on_room()
         return taken
+
+    def _gather(self) -> None:
+        had = self._messages
+        wait_s = self._gathering.wait_s() if had < ENOUGH_MESSAGES and not self._closed else 0.0
+        if wait_s:
+            self._wanted = ENOUGH_MESSAGES
+            self._changed.wait(wait_s)
+            self._wanted = 1
+            self._gathering.waited(in_vain=self._messages == had)
+        self._gathering.begins()
 
     def close(self) -> None:
         """Say that nothing more will come."""

@@ -1,6 +1,7 @@
 """The writer thread: inbox → validation → one transaction → acknowledgements.
 
-Group commit without added delay: whatever waits when the last commit ended is the next batch.
+Group commit: whatever waits when the last commit ended is the next batch; a few messages wait some
+milliseconds for more (:mod:`collector.gather`).
 Between batches it keeps house: the sinks' progress, pruning, the limits, the ballast.
 """
 

@@ -27,7 +27,7 @@ from forwarder.insertbody import encoder_for
 from forwarder.inserthttp import Answer, InsertConnections
 from forwarder.refusals import REFUSED_ALONE_MAX, RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
-from forwarder.table import Column
+from forwarder.table import GATHER_S, Column
 from lifecycle import Settings
 from spool import DeadLetter, Reading
 
@@ -59,6 +59,7 @@ class InsertAllSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
+    gather_s = GATHER_S
 
     def __init__(self, settings: Settings) -> None:
         self._source = settings.instance_id

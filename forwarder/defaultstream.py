@@ -24,6 +24,7 @@ from forwarder.appends import (
 from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
+from forwarder.table import GATHER_S
 from forwarder.writeapi import CallError
 from lifecycle import Settings
 from spool import Reading
@@ -39,6 +40,7 @@ class DefaultStreamSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
+    gather_s = GATHER_S
 
     def __init__(self, settings: Settings) -> None:
         self._calls = AppendCalls(settings)

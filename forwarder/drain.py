@@ -149,8 +149,9 @@ class Drain:
                 continue
             if reader.changed() and self._drain_available(reader):
                 last_row_at = self._clock()
-                # Rows that come close together go together.
-                self._stop.wait(POLL_BUSY_S)
+                # Rows that come close together go together; where the service took long,
+                # those behind have waited long enough.
+                self._stop.wait(max(0.0, now + self._sink.gather_s - last_row_at))
             elif reader.listening:
                 self._stop.wait(POLL_ANNOUNCED_S, reader)
             else:

@@ -17,6 +17,7 @@ class LogSink:
 
     max_rows = 1_000
     max_bytes = 1024 * 1024
+    gather_s = 0.005
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -49,6 +49,8 @@ it found is settled before the watchdog takes the search for a hang."""
 
 BATCH_MAX_ROWS = 8_000
 BATCH_MAX_BYTES = 8 * 1024 * 1024
+GATHER_S = 0.005
+"""See :class:`forwarder.sink.Sink`: whoever subscribes wants the readings soon."""
 
 CHANNEL_OPTIONS = (
     # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
@@ -83,6 +85,7 @@ class PubSubSink:
     name = "pubsub"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
+    gather_s = GATHER_S
 
     def __init__(self, settings: Settings) -> None:
         topic = settings.pubsub_topic

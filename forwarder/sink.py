@@ -63,6 +63,9 @@ class Sink(Protocol):
     """How many rows it likes to be handed at once."""
     max_bytes: int
     """And how many bytes of payload."""
+    gather_s: float
+    """How long, at the least, from one batch to the next while rows come in one by one. Each
+    batch costs a request and a synced commit; readings go together for the price of one."""
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Deliver ``rows``, which are in the order of seq, and report on each.

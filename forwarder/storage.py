@@ -34,6 +34,7 @@ from forwarder.appends import (
 )
 from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
+from forwarder.table import GATHER_S
 from forwarder.writeapi import CallError
 from lifecycle import Settings, fields
 from spool import AppendJournal, Cut, DeadLetter, DiskFullError, Journal, Reading, SinkState
@@ -66,6 +67,7 @@ class StorageSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
+    gather_s = GATHER_S
 
     def __init__(self, settings: Settings, state: SinkState) -> None:
         self._calls = AppendCalls(settings)

@@ -61,6 +61,7 @@ class RandomSink:
     name = "pubsub"
     max_rows = 7
     max_bytes = 10**6
+    gather_s: float = 0.005
 
     def __init__(self, seed: int, trouble: float) -> None:
         self._random = random.Random(seed)  # noqa: S311 - a test's dice
