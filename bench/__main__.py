@@ -26,6 +26,7 @@ CASES: dict[str, Callable[[int, int], list[Row]]] = {
     "drain-pubsub": drain.pubsub_rows,
     "drain-bigquery": drain.bigquery_rows,
     "drain-storage": drain.storage_rows,
+    "drain-ceiling": drain.ceiling_rows,
     "chain": chain.rows,
     "backlog": backlog.rows,
     "backlog-view": backlog.look_rows,

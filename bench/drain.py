@@ -114,6 +114,16 @@ def official_pubsub(server: PubSub, count: int) -> Run:
         return run
 
 
+def ready_made_pubsub(server: PubSub, count: int) -> Run:
+    """Publish the same in requests made beforehand."""
+    with rig() as setup:
+        topic = server.new_topic()
+        arguments = ["bench.ready_made", "pubsub", server.address, topic, str(count)]
+        run = reference(setup, arguments, count)
+        _all_arrived(server.count(topic, count), count, "the ready-made requests")
+        return run
+
+
 def to_bigquery(count: int, delay_ms: float = 0.0, method: str = "insert_all") -> Run:
     """Fill a spool and drain it to a new fake of BigQuery."""
     with rig() as setup:
@@ -134,6 +144,17 @@ def plain_bigquery(count: int, delay_ms: float = 0.0) -> Run:
         url = f"http://127.0.0.1:{fake.port}"
         before_s = fake.process.usage().cpu_s
         run = reference(setup, ["bench.insert_rows_loop", url, TABLE_REF, str(count)], count)
+        return _with_service(run, fake, before_s, count)
+
+
+def ready_made_bigquery(count: int) -> Run:
+    """Insert the same rows in requests made beforehand."""
+    with rig() as setup:
+        fake = fake_bigquery(setup.directory)
+        setup.start(fake.process)
+        before_s = fake.process.usage().cpu_s
+        arguments = ["bench.ready_made", "bigquery", f"127.0.0.1:{fake.port}", TABLE_REF]
+        run = reference(setup, [*arguments, str(count)], count)
         return _with_service(run, fake, before_s, count)
 
 
@@ -177,6 +198,30 @@ def pubsub_rows(rounds: int, count: int) -> list[Row]:
                 _add(row, to_pubsub(server, count), official_pubsub(server, count))
             rows.append(row)
     return rows
+
+
+def ceiling_rows(rounds: int, count: int) -> list[Row]:
+    """Return what the servers of rows 3 and 4 take of somebody who only sends."""
+    rows = []
+    what = f"{count:,} readings in requests made beforehand, nothing read, checked or noted ÷"
+    with pubsub_servers() as servers:
+        for server in servers:
+            row = Row(
+                f"ceiling-pubsub{'' if server is servers[0] else '-emulator'}",
+                f"{what} the official PublisherClient.publish() with ordering keys",
+                "msg/s",
+                "",
+                notes=[f"server: {server.name}, counted there"],
+            )
+            official_pubsub(server, count)
+            for _ in range(rounds):
+                _add(row, ready_made_pubsub(server, count), official_pubsub(server, count))
+            rows.append(row)
+    row = Row("ceiling-bigquery", f"{what} a plain loop of insert_rows_json", "rows/s", "")
+    row.notes.append("server: in-repo fake, counted there")
+    for _ in range(rounds):
+        _add(row, ready_made_bigquery(count), plain_bigquery(count))
+    return [*rows, row]
 
 
 def bigquery_rows(rounds: int, count: int) -> list[Row]:
