@@ -67,7 +67,9 @@ def test_no_power_cut_loses_a_message() -> None:
     assert report.revived_twice
     for database in DATABASES:
         assert report.writes[database] > 30
-        assert report.writes[f"{database}-wal"] > 500
+        # A commit is at least four: two pages, each with the header of its frame. The forwarder to
+        # BigQuery gathers, so it has the fewest.
+        assert report.writes[f"{database}-wal"] > 200
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
