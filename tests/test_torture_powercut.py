@@ -66,7 +66,8 @@ def test_no_power_cut_loses_a_message() -> None:
     assert report.second == report.revived * SECOND_CUTS_A_REVIVAL
     assert report.revived_twice
     for database in DATABASES:
-        assert report.writes[database] > 30
+        # Making the file writes some fifteen pages; what is beyond them comes of checkpoints.
+        assert report.writes[database] > 20
         # A commit is at least four: two pages, each with the header of its frame. The forwarder to
         # BigQuery gathers, so it has the fewest.
         assert report.writes[f"{database}-wal"] > 200
