@@ -59,8 +59,9 @@ def _flip_in_payload(path: Path, dice: random.Random) -> int:
 
 
 def _garbage_page(path: Path, dice: random.Random) -> int:
+    """Hit readings that nobody has yet: the others may never be read again."""
     pages = _leaves(path)
-    for page in dice.sample(pages[len(pages) // 2 :], 2):
+    for page in dice.sample(pages[-(len(pages) * PENDING // (READINGS + PENDING)) + 1 :], 2):
         _overwrite(path, page * PAGE_BYTES, dice.randbytes(PAGE_BYTES))
     return 2 * ROWS_PER_PAGE
 
