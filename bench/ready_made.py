@@ -16,7 +16,8 @@ from bench.fill import rows
 from bench.insert_rows_loop import CALL_ROWS, TIMEOUT_S
 from forwarder.bigquery import PARALLEL_REQUESTS
 from forwarder.insertbody import BodyEncoder
-from forwarder.pubsub import CHANNEL_OPTIONS, PUBLISH_METHOD, REQUEST_MAX_MESSAGES
+from forwarder.lanes import REQUEST_MAX_MESSAGES
+from forwarder.pubsub import CHANNEL_OPTIONS, PUBLISH_METHOD
 from forwarder.table import COLUMNS
 from forwarder.wire import MessageEncoder
 from spool import Reading

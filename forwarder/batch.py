@@ -1,13 +1,48 @@
 """A batch of rows on its way, and what is known of it so far."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from spool import DeadLetter, Gap, Reading, Settlement
+from spool import DeadLetter, Gap, Reading, Settlement, intact
 
 _seq_of = itemgetter(0)
+
+
+@dataclass
+class Checked:
+    """Rows read together, by whether their checksums are right.
+
+    Attributes:
+        rows: All, in the order of seq.
+        good: Those to be delivered.
+        damaged: The others.
+        shortened: Whether rows that were read as well are left to the next batch.
+    """
+
+    rows: list[Reading]
+    good: list[Reading]
+    damaged: list[Reading]
+    shortened: bool = False
+
+    def shorten(self, good: list[Reading]) -> None:
+        """Leave what is behind ``good``, the first ones of those to be delivered, to the next."""
+        if len(good) < len(self.good):
+            end = self.good[len(good)][0]
+            self.rows = self.rows[: bisect_left(self.rows, end, key=_seq_of)]
+            self.damaged = [row for row in self.damaged if row[0] < end]
+            self.shortened = True
+        self.good = good
+
+
+def check(rows: list[Reading]) -> Checked:
+    """Tell the rows that are intact from the others."""
+    good: list[Reading] = []
+    damaged: list[Reading] = []
+    for row in rows:
+        (good if intact(row) else damaged).append(row)
+    return Checked(rows, good, damaged)
 
 
 @dataclass

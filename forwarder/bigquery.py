@@ -68,9 +68,13 @@ class InsertAllSink:
         self._columns: Sequence[Column] = ()
         self._give_back_at = float("inf")
         self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
-        self.meanwhile: Callable[[], object] = lambda: None
+        self.meanwhile: Callable[[], bool] = lambda: False
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
+
+    def prepare(self, rows: list[Reading]) -> list[Reading]:
+        """Do nothing; see :class:`forwarder.readahead.WaitingSink`."""
+        return rows  # the requests are made by the threads that send them
 
     def close(self) -> None:
         """Close the connections."""
@@ -104,7 +108,8 @@ class InsertAllSink:
         chunks = list(_chunks(rows))
         parts = self._pool.map(lambda chunk: self._insert(connections, columns, chunk), chunks)
         # They are in other threads' hands: this one would only wait.
-        self.meanwhile()
+        while self.meanwhile():
+            pass
         delivery = Delivery()
         self._refusals.begin()
         suspects: list[DeadLetter] = []

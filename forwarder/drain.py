@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
-from forwarder.batch import Batch, find_gaps
+from forwarder.batch import Batch, Checked, check, find_gaps
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
@@ -32,7 +32,6 @@ from spool import (
     SinkState,
     SpoolError,
     SpoolReader,
-    intact,
     presentable,
     refuse_backlog,
     spool_path,
@@ -213,7 +212,8 @@ class Drain:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
         while not self._stop.requested:
-            rows = self._ahead.take(self._position) or self._read(reader, self._position)
+            batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
+            rows = batch.rows
             if not rows:
                 # Rows may have been dropped unseen to the very last one.
                 self._position_check(reader)
@@ -222,9 +222,9 @@ class Drain:
             self._check_environment(reader, rows)
             any_rows = True
             begun = self._clock()
-            if len(rows) == self._batch_rows:  # then there is probably more
+            if len(rows) == self._batch_rows or batch.shortened:  # then there is probably more
                 self._ahead.plan(rows[-1][0], partial(self._read, reader))
-            self._deliver(reader, rows)
+            self._deliver(reader, batch)
             if self._max_rate:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
         self._ahead.forget()
@@ -254,17 +254,16 @@ class Drain:
                 spooled_under, self._app_env, {self._sink.name: len(rows)}, str(reader.path)
             )
 
-    def _deliver(self, reader: SpoolReader, rows: list[Reading]) -> None:
+    def _deliver(self, reader: SpoolReader, checked: Checked) -> None:
         """Deliver one batch, for as long as it takes, or until asked to stop."""
+        rows, todo = checked.rows, checked.good
         gaps = find_gaps(self._position, rows, reader.dropped_through())
         batch = Batch(rows, gaps, settled_seq=self._position)
         self._note_gaps(batch.gaps)
-        todo: list[Reading] = []
-        damaged: list[Reading] = []
-        for row in rows:
-            (todo if intact(row) else damaged).append(row)
         detail = "the row's checksum is wrong: its bits changed"
-        batch.dead += [DeadLetter(presentable(row), "corrupt_row", detail) for row in damaged]
+        batch.dead += [
+            DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged
+        ]
         self._log_dead(batch.dead)
         failures = 0
         while True:

@@ -2,19 +2,15 @@
 
 It uses the generated low-level client's channel and messages in protobuf's own bytes. The official
 publisher on top of it batches in threads of its own, at 16 times the CPU, and pauses an
-ordering key after an error until it is told to resume; a spool needs neither.
-
-Limits (https://cloud.google.com/pubsub/quotas#resource_limits, which the emulator does not
-enforce): one ordering key a request, 1,000 messages and 10 MB a request, 1,024 bytes for an
-ordering key and an attribute's value.
+ordering key after an error until it is told to resume; a spool needs neither. While it only
+waits for answers, the next batch is read, sorted and encoded (:mod:`forwarder.readahead`).
 """
 
 import logging
 import queue
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import grpc
 from google.auth.credentials import AnonymousCredentials, Credentials
@@ -25,6 +21,7 @@ from google.pubsub_v1.types import PublishResponse as _PublishResponse
 
 from forwarder.access import cannot_build, find_credentials, why_no_token
 from forwarder.faults import CREDENTIALS_REMEDY, PLUGIN_FAILURE, Blame, FaultError, blame_grpc
+from forwarder.lanes import Lane, Lanes, Request, sort_as_many_as_fit, sort_by_site
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
@@ -33,14 +30,8 @@ from spool import DeadLetter, Reading
 
 log = logging.getLogger("forwarder.pubsub")
 
-REQUEST_MAX_MESSAGES = 1_000
 REQUEST_MAX_BYTES = 9_000_000
 """Below the service's 10 MB, which counts overheads that we do not see."""
-
-KEY_MAX_BYTES = 1_024
-ATTRIBUTE_MAX_BYTES = 1_024
-UNDOUBTED_CHARS = 1_024 // 4
-"""UTF-8 takes at most four bytes a character: up to here a name is within both limits."""
 
 DEADLINE_S = 20.0
 GIVE_BACK_AFTER_S = 60.0
@@ -66,13 +57,7 @@ PUBLISH_METHOD = "/google.pubsub.v1.Publisher/Publish"
 
 PublishResponse = _PublishResponse.pb()
 
-
-@dataclass
-class _Lane:
-    """The rows of one site within a batch, cut into requests, first to last."""
-
-    site: str
-    waiting: deque[list[Reading]] = field(default_factory=deque)
+_Ended: TypeAlias = "queue.SimpleQueue[tuple[grpc.Future, Lane, list[Reading]]]"
 
 
 class PubSubSink:
@@ -102,8 +87,15 @@ class PubSubSink:
         self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self._suspects: list[DeadLetter] = []
         """Refused since the last row that was accepted in this delivery."""
-        self.meanwhile: Callable[[], object] = lambda: None
+        self._ready: Lanes | None = None
+        """The batch after this one."""
+        self.meanwhile: Callable[[], bool] = lambda: False
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
+
+    def prepare(self, rows: list[Reading]) -> list[Reading]:
+        """Sort the next batch; see :class:`forwarder.readahead.WaitingSink`."""
+        self._ready = sort_as_many_as_fit(rows)
+        return self._ready.rows
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Publish ``rows``; see :class:`forwarder.sink.Sink`."""
@@ -162,39 +154,25 @@ class PubSubSink:
             response_deserializer=PublishResponse.FromString,
         )
 
-    def _lanes(self, rows: Sequence[Reading], delivery: Delivery) -> list[_Lane]:
-        """Sort the rows by site, in requests of lawful size; kill what can never be sent."""
-        by_site: defaultdict[str, list[Reading]] = defaultdict(list)
-        for row in rows:
-            site = row[4]
-            if len(site) > UNDOUBTED_CHARS or len(row[6]) > UNDOUBTED_CHARS:
-                problem = _over_limit(row)
-                if problem:
-                    delivery.dead.append(DeadLetter(row, "limit", problem))
-                    continue
-            by_site[site].append(row)
-        return [
-            _Lane(
-                site,
-                deque(
-                    site_rows[i : i + REQUEST_MAX_MESSAGES]
-                    for i in range(0, len(site_rows), REQUEST_MAX_MESSAGES)
-                ),
-            )
-            for site, site_rows in by_site.items()
-        ]
+    def _lanes(self, rows: Sequence[Reading], delivery: Delivery) -> list[Lane]:
+        """Return the lanes of ``rows``, if possible those that were prepared."""
+        ready = self._ready
+        if ready is not None and ready.rows is rows:
+            self._ready = None
+        else:
+            ready = sort_by_site(list(rows))
+        delivery.dead += ready.dead
+        return ready.lanes
 
-    def _run(self, lanes: list[_Lane], delivery: Delivery) -> None:
+    def _run(self, lanes: list[Lane], delivery: Delivery) -> None:
         """Send all lanes to their end: per lane one request at a time, all lanes at once."""
-        ended: queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]] = queue.SimpleQueue()
+        ended: _Ended = queue.SimpleQueue()
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         in_flight = sum(self._send_next(lane, ended) for lane in lanes)
-        parked: list[_Lane] = []
-        only_waits = False
+        parked: list[Lane] = []
         while in_flight:
-            if not only_waits and not any(lane.waiting for lane in lanes):
-                only_waits = True
-                self.meanwhile()
+            while ended.empty() and (self.meanwhile() or self._encode_ahead()):
+                pass  # in pieces: a lane whose answer is there goes on first
             # Bounded by the deadline of each call.
             future, lane, sent = ended.get()
             in_flight -= 1
@@ -208,25 +186,30 @@ class PubSubSink:
                 parked.clear()
         self._end_search(parked, delivery)
 
-    def _send_next(
-        self,
-        lane: _Lane,
-        ended: "queue.SimpleQueue[tuple[grpc.Future, _Lane, list[Reading]]]",
-    ) -> int:
+    def _encode_ahead(self) -> bool:
+        """Make the next request of the batch that was prepared; return whether there was one."""
+        for lane in self._ready.lanes if self._ready else ():
+            for request in lane.waiting:
+                if not request.body:
+                    request.body = self._encoder.request(request.rows)
+                    return True
+        return False
+
+    def _send_next(self, lane: Lane, ended: "_Ended") -> int:
         """Start the lane's next request; return 1, or 0 if the lane is at its end."""
         if not lane.waiting or self._publish is None:
             return 0
-        rows = lane.waiting.popleft()
-        request = self._encoder.request(rows)
-        if len(rows) > 1 and len(request) > REQUEST_MAX_BYTES:
-            _split(lane, rows)
+        request = lane.waiting.popleft()
+        body = request.body or self._encoder.request(request.rows)
+        if len(request.rows) > 1 and len(body) > REQUEST_MAX_BYTES:
+            lane.split(request.rows)
             return self._send_next(lane, ended)
-        future = self._publish.future(request, timeout=DEADLINE_S, metadata=self._metadata)
-        future.add_done_callback(lambda done: ended.put((done, lane, rows)))
+        future = self._publish.future(body, timeout=DEADLINE_S, metadata=self._metadata)
+        future.add_done_callback(lambda done: ended.put((done, lane, request.rows)))
         return 1
 
     def _judge(
-        self, future: grpc.Future, lane: _Lane, sent: list[Reading], delivery: Delivery
+        self, future: grpc.Future, lane: Lane, sent: list[Reading], delivery: Delivery
     ) -> None:
         """Decide what the answer to one request means for its rows and its lane."""
         try:
@@ -249,12 +232,12 @@ class PubSubSink:
             self._refusals.refused()
         elif blame is Blame.ROWS:
             # The service names no message: halve until the guilty one stands alone.
-            _split(lane, sent)
+            lane.split(sent)
         else:
-            lane.waiting.appendleft(sent)
+            lane.waiting.appendleft(Request(sent))
             self._give_back(lane, delivery, self._fault(code, details, blame))
 
-    def _end_search(self, parked: list[_Lane], delivery: Delivery) -> None:
+    def _end_search(self, parked: list[Lane], delivery: Delivery) -> None:
         """Bury the rows that were refused last, unless it is the topic that refuses all."""
         if not self._refusals.of_all:
             delivery.dead += self._suspects
@@ -271,11 +254,9 @@ class PubSubSink:
         for lane in parked:
             self._give_back(lane, delivery, fault)
 
-    def _give_back(self, lane: _Lane, delivery: Delivery, fault: Fault) -> None:
+    def _give_back(self, lane: Lane, delivery: Delivery, fault: Fault) -> None:
         """End the lane: what it has not delivered is to be tried again."""
-        for rows in lane.waiting:
-            delivery.retry += rows
-        lane.waiting.clear()
+        delivery.retry += lane.give_up()
         if delivery.fault is None or fault.kind is FaultKind.HOLD:
             delivery.fault = fault
 
@@ -295,22 +276,3 @@ class PubSubSink:
                 "UNAUTHENTICATED": CREDENTIALS_REMEDY,
             }.get(code, f"look at it: gcloud pubsub topics describe {topic} --project={project}"),
         )
-
-
-def _split(lane: _Lane, rows: list[Reading]) -> None:
-    """Put both halves back at the head of the lane, in order."""
-    half = len(rows) // 2
-    lane.waiting.appendleft(rows[half:])
-    lane.waiting.appendleft(rows[:half])
-
-
-def _over_limit(row: Reading) -> str:
-    """Return why the service could never take this row; empty if it could."""
-    for value, limit, what in (
-        (row[4], KEY_MAX_BYTES, "site_code, the ordering key,"),
-        (row[6], ATTRIBUTE_MAX_BYTES, "pi_tag, the attribute kpi_name,"),
-    ):
-        size = len(value.encode())
-        if size > limit:
-            return f"{what} has {size} bytes; Pub/Sub takes at most {limit}"
-    return ""

@@ -284,6 +284,14 @@ def test_it_tells_that_it_waits_while_the_service_still_works(
     fake.create_table(TABLE)
     told = threading.Event()
     fake.faults.poison = lambda _: not told.wait(SOON_S)
-    sink.meanwhile = told.set
+    pieces = iter([True, True, False])
+
+    def meanwhile() -> bool:
+        more = next(pieces)
+        if not more:
+            told.set()
+        return more
+
+    sink.meanwhile = meanwhile
     assert sink.deliver(readings(1200)) == Delivery()
     assert fake.count == 1200

@@ -14,6 +14,7 @@ from typing import Any
 from collector import __main__ as collector
 from collector.store import Store
 from forwarder import __main__ as forwarder
+from forwarder.batch import Checked
 from forwarder.drain import Drain
 from forwarder.storage import StorageSink
 from lifecycle import leave
@@ -21,7 +22,6 @@ from spool import (
     AppendJournal,
     Cut,
     Journal,
-    Reading,
     Retention,
     Settlement,
     SinkProgress,
@@ -68,10 +68,11 @@ def _move_the_cursor_first() -> None:
     """The cursor passes rows that no service has confirmed."""
     deliver = Drain._deliver  # noqa: SLF001 - what is to be broken
 
-    def deliver_late(self: Any, reader: SpoolReader, rows: list[Reading]) -> None:  # noqa: ANN401 - stands for a method
+    def deliver_late(self: Any, reader: SpoolReader, batch: Checked) -> None:  # noqa: ANN401 - stands for a method
+        rows = batch.rows
         self._state.settle(Settlement(reader.epoch, rows[-1][0], len(rows)))
         self._settle_durably = lambda _: None
-        deliver(self, reader, rows)
+        deliver(self, reader, batch)
 
     _replace(Drain, "_deliver", deliver_late)
 
