@@ -1,6 +1,7 @@
 """What is Pub/Sub's own: the event, its limits, ordering keys, gRPC codes, credentials."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,11 +148,12 @@ CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+@pytest.mark.parametrize("count", [1, 7])
 def test_no_grpc_code_raises_or_loses_a_row(
-    fake: FakePubSub, sink: PubSubSink, code: grpc.StatusCode
+    fake: FakePubSub, sink: PubSubSink, code: grpc.StatusCode, count: int
 ) -> None:
     fake.faults.abort(code, "planned", times=None)
-    rows = readings(7)
+    rows = readings(count)
     delivery = sink.deliver(rows)
     assert sorted([*delivery.retry, *(d.row for d in delivery.dead)]) == rows
     assert bool(delivery.dead) == (code.name in {"INVALID_ARGUMENT", "OUT_OF_RANGE"})
@@ -253,6 +255,22 @@ def test_after_a_deadline_the_next_try_begins_with_a_new_connection(
     monkeypatch.undo()
     assert sink.deliver(readings(1)) == Delivery()
     assert sink._client is not first  # noqa: SLF001
+
+
+def test_a_reading_alone_needs_no_thread(sink: PubSubSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sink.deliver(readings(1)) == Delivery()
+    started = []
+    start = threading.Thread.start
+
+    def counted(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", counted)
+    assert sink.deliver(readings(1)) == Delivery()
+    assert started == []
+    assert sink.deliver(readings(30)) == Delivery()
+    assert started, "gRPC starts one for calls side by side; otherwise this test shows nothing"
 
 
 def test_sites_are_published_side_by_side(fake: FakePubSub, sink: PubSubSink) -> None:
