@@ -235,7 +235,7 @@ class BrokerSession:
             self._client.send_acks(ready)
 
     def _on_messages(self, messages: list[Message]) -> None:
-        size = sum(len(m.topic) + len(m.payload) for m in messages)
+        size = sum([len(topic) + len(payload) for topic, payload, *_ in messages])
         received_us = time.time_ns() // 1000
         self._inbox.put(Delivered(self._connection.generation, received_us, messages, size))
 

@@ -181,26 +181,28 @@ class Store:
         """Sort the messages into readings, duplicates and rejections."""
         group = _Group()
         counts = group.counts
+        readings = group.readings
         check, add = self._validator.check, self._window.add
         for generation, received_us, messages, size in taken:
             acks: list[Ack] = []
             for message in messages:
-                identity = event_id(message.topic, message.payload)
-                reading, rejection = check(message, identity, received_us)
+                topic, payload, qos, retained, mid, _ = message
+                identity = event_id(topic, payload)
+                reading, rejection, site_differs = check(message, identity, received_us)
                 if rejection is not None:
                     group.rejections.append(rejection)
                     self._tell_rejection(rejection)
                 elif reading is not None and add(identity):
-                    group.readings.append(reading)
-                    if self._validator.site_differs(message.topic, reading[3]):
+                    readings.append(reading)
+                    if site_differs:
                         self._tell_mismatch(counts, reading)
                 else:
                     counts["duplicates"] += 1
-                if message.qos:
-                    acks.append((message.qos, message.mid))
+                if qos:
+                    acks.append((qos, mid))
                 else:
                     self._tell_qos0(counts)
-                if message.retained:
+                if retained:
                     counts["retained"] += 1
             counts["received"] += len(messages)
             group.size += size + ROW_OVERHEAD_BYTES * len(messages)

@@ -108,8 +108,10 @@ class Validator:
 
     def check(
         self, message: Message, identity: bytes, received_us: int
-    ) -> tuple[NewReading | None, Rejection | None]:
+    ) -> tuple[NewReading | None, Rejection | None, bool]:
         """Return the reading to spool, or else the rejection to record; the other is None.
+
+        The third says whether the reading's site_code, which is the payload's, is not the topic's.
 
         Args:
             message: As received.
@@ -117,51 +119,56 @@ class Validator:
             received_us: When, in microseconds since 1970 UTC.
         """
         try:
-            return self._reading(message, identity, received_us), None
-        except _Refused as refusal:
-            return None, _rejection(message, received_us, refusal.reason, refusal.detail)
+            return self._reading(message, identity, received_us)
+        except _Refused as error:
+            refusal = error
+        except (UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
+            refusal = _undecodable(error)
+        return None, _rejection(message, received_us, refusal.reason, refusal.detail), False
 
-    def site_differs(self, topic: bytes, site_code: str) -> bool:
-        """Return whether the payload's site is not the topic's."""
-        return self._topic(topic).site != site_code
-
-    def _reading(self, message: Message, identity: bytes, received_us: int) -> NewReading:
-        topic = self._topic(message.topic)
-        payload = message.payload
-        if message.size > self._max_bytes:
+    def _reading(
+        self, message: Message, identity: bytes, received_us: int
+    ) -> tuple[NewReading, None, bool]:
+        raw_topic, payload, _, _, _, size = message
+        topic = self._topics.get(raw_topic) or self._topic(raw_topic)
+        if size > self._max_bytes:
             raise _Refused(
                 Reason.TOO_LARGE,
-                f"the payload has {message.size} bytes, more than MAX_PAYLOAD_BYTES="
-                f"{self._max_bytes}",
+                f"the payload has {size} bytes, more than MAX_PAYLOAD_BYTES={self._max_bytes}",
             )
-        fields = self._decoded(payload)
+        if not payload:
+            raise _Refused(Reason.EMPTY_PAYLOAD, "the payload is empty")
+        payload.decode()  # the decoder skips unknown fields without looking at their bytes
+        fields = self._decode(payload)
         site, sensor, value = fields.site_code, fields.sensor_id, fields.value
-        for name, text in (("site_code", site), ("sensor_id", sensor)):
-            if not text:
-                raise _Refused(Reason.BAD_FIELD, f"{name} is empty")
-            if not text.isprintable() and _CONTROL.search(text):
-                raise _Refused(Reason.CONTROL_CHARACTER, f"{name} has a control character")
-        if self._reject_mismatch and site != topic.site:
+        if not (site and sensor and site.isprintable() and sensor.isprintable()):
+            _check_name("site_code", site)
+            _check_name("sensor_id", sensor)
+        differs = site != topic.site
+        if differs and self._reject_mismatch:
             raise _Refused(
                 Reason.SITE_MISMATCH,
                 f"site_code {site!r} in the payload, {topic.site!r} in the topic "
                 "(SITE_MISMATCH=reject)",
             )
-        timestamp_us = self._timestamp_us(fields.timestamp)
-        names = site + sensor + topic.tag + topic.text
+        raw = fields.timestamp
+        timestamp_us = self._parsed(raw) if isinstance(raw, str) else self._scaled(raw)
+        tag, text = topic.tag, topic.text
+        names = site + sensor + tag + text
         crc = row_crc(identity, (received_us, timestamp_us, value), names, payload)
-        return (
+        reading = (
             identity,
             received_us,
             timestamp_us,
             site,
             sensor,
-            topic.tag,
+            tag,
             value,
-            topic.text,
+            text,
             payload,
             crc,
         )
+        return reading, None, differs
 
     def _topic(self, raw: bytes) -> _Topic:
         known = self._topics.get(raw)
@@ -173,27 +180,7 @@ class Validator:
                 self._topics[raw] = known
         return known
 
-    def _decoded(self, payload: bytes) -> _Payload | _NumericPayload:
-        if not payload:
-            raise _Refused(Reason.EMPTY_PAYLOAD, "the payload is empty")
-        try:
-            # The decoder skips unknown fields without looking at their bytes.
-            payload.decode()
-            return self._decode(payload)
-        except UnicodeDecodeError as error:
-            raise _Refused(
-                Reason.NOT_UTF8, f"byte {error.start} of the payload is not UTF-8"
-            ) from None
-        except RecursionError:
-            raise _Refused(Reason.TOO_DEEP, "the JSON is nested too deeply") from None
-        except msgspec.ValidationError as error:
-            raise _Refused(_reason_of(str(error)), str(error)) from None
-        except msgspec.DecodeError as error:
-            raise _Refused(Reason.NOT_JSON, f"not JSON: {error}") from None
-
-    def _timestamp_us(self, raw: str | float) -> int:
-        if isinstance(raw, str):
-            return self._parsed(raw)
+    def _scaled(self, raw: float) -> int:
         scaled = raw * self._unit
         if not _MIN_US <= scaled <= _MAX_US:
             raise _Refused(Reason.BAD_TIMESTAMP, "timestamp is outside the years 1 to 9999")
@@ -231,6 +218,24 @@ class Validator:
                 Reason.BAD_TIMESTAMP, f"timestamp {raw!r} is outside the years 1 to 9999 in UTC"
             )
         return value
+
+
+def _undecodable(error: UnicodeDecodeError | RecursionError | msgspec.DecodeError) -> _Refused:
+    """Return what the decoding of a payload refuses."""
+    if isinstance(error, UnicodeDecodeError):
+        return _Refused(Reason.NOT_UTF8, f"byte {error.start} of the payload is not UTF-8")
+    if isinstance(error, RecursionError):
+        return _Refused(Reason.TOO_DEEP, "the JSON is nested too deeply")
+    if isinstance(error, msgspec.ValidationError):
+        return _Refused(_reason_of(str(error)), str(error))
+    return _Refused(Reason.NOT_JSON, f"not JSON: {error}")
+
+
+def _check_name(name: str, text: str) -> None:
+    if not text:
+        raise _Refused(Reason.BAD_FIELD, f"{name} is empty")
+    if _CONTROL.search(text):
+        raise _Refused(Reason.CONTROL_CHARACTER, f"{name} has a control character")
 
 
 def _parse_topic(raw: bytes) -> _Topic:

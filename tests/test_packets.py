@@ -137,6 +137,22 @@ def test_lengths_of_one_to_four_bytes_and_every_qos_are_read(size: int, qos: int
     assert got == [sent, message(b"next")]
 
 
+_lengths = st.one_of(st.integers(0, 400).map(length), st.binary(min_size=1, max_size=4))
+_topic_lengths = st.one_of(
+    st.integers(0, 400).map(lambda n: struct.pack("!H", n)), st.binary(max_size=2)
+)
+
+
+@given(_lengths, _topic_lengths, st.binary(max_size=12), st.integers(0, 400), st.binary(max_size=9))
+def test_the_usual_packet_is_read_like_any_other(
+    announced: bytes, topic_length: bytes, body: bytes, padding: int, behind: bytes
+) -> None:
+    usual, sent_before = PacketReader(1_000), PacketReader(1_000)
+    rest = announced + topic_length + body + b"x" * padding + behind
+    assert usual.feed(b"\x32" + rest) == sent_before.feed(b"\x3a" + rest)
+    assert usual.malformed == sent_before.malformed
+
+
 def test_an_empty_payload_and_an_empty_topic_are_handed_on() -> None:
     sent = [message(b""), message(b"", b"", qos=0), message(b"x", b"")]
     assert feed(PacketReader(LIMIT), *map(publish, sent))[0] == sent

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -363,6 +364,22 @@ def test_the_tail_of_event_ids_is_the_newest_in_the_order_spooled(writer: SpoolW
     assert writer.tail_event_ids(3) == [row[0] for row in rows[7:]]
     assert writer.tail_event_ids(0) == []
     assert len(writer.tail_event_ids(100)) == 10
+
+
+@pytest.mark.parametrize("count", [1, 49, 50, 51, 149, 150])
+def test_a_batch_of_any_size_is_numbered_in_the_order_given(
+    writer: SpoolWriter, count: int
+) -> None:
+    rows = [new_reading(n, payload=b"\xff\0" * n, received_us=n) for n in range(count)]
+    writer.append([new_reading(999)], [], {})
+    writer.append(rows, [], {})
+    reader = SpoolReader.open(writer.path.parent)
+    stored = reader.read_after(1, 1_000, 1_000_000)
+    reader.close()
+    assert stored == [(2 + n, *row) for n, row in enumerate(rows)]
+    kinds = "SELECT DISTINCT typeof(event_id), typeof(payload) FROM reading_row"
+    with closing(sqlite3.connect(writer.path)) as conn:
+        assert conn.execute(kinds).fetchall() == [("blob", "blob")]
 
 
 def test_deleting_by_age_stops_at_the_first_that_is_younger(writer: SpoolWriter) -> None:

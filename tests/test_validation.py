@@ -31,7 +31,7 @@ def check(
     length = len(payload) if size is None else size
     message = Message(topic, payload, qos=1, retained=False, mid=7, size=length)
     identity = event_id(topic, payload)
-    return (validator or Validator()).check(message, identity, NOW_US)
+    return (validator or Validator()).check(message, identity, NOW_US)[:2]
 
 
 def reason_for(
@@ -234,9 +234,9 @@ def test_a_sites_mismatch_is_taken_or_refused_as_set() -> None:
     reading, _ = check(payload)
     assert reading is not None
     assert (reading[3], reading[7]) == ("S2", TOPIC.decode())
-    validator = Validator()
-    assert validator.site_differs(TOPIC, "S2")
-    assert not validator.site_differs(TOPIC, "S1")
+    for text, differs in ((payload, True), (GOOD, False), (b"{}", False)):
+        message = Message(TOPIC, text, qos=1, retained=False, mid=7, size=len(text))
+        assert Validator().check(message, event_id(TOPIC, text), NOW_US)[2] is differs
     assert (
         reason_for(payload, validator=Validator(reject_site_mismatch=True)) == Reason.SITE_MISMATCH
     )

@@ -287,7 +287,7 @@ def check_message(validator: Validator, topic: bytes, payload: bytes) -> bool:
     """
     message = Message(topic, payload, 1, retained=False, mid=1, size=len(payload))
     identity = event_id(topic, payload)
-    reading, rejection = validator.check(message, identity, 1_000)
+    reading, rejection, site_differs = validator.check(message, identity, 1_000)
     assert (reading is None) != (rejection is None)
     if rejection is not None:
         _check_rejection(rejection)
@@ -298,6 +298,7 @@ def check_message(validator: Validator, topic: bytes, payload: bytes) -> bool:
     assert kept == payload
     assert text.encode() == topic
     assert text.split("/")[4] == tag
+    assert site_differs == (text.split("/")[2] != site)
     assert not _CONTROL & set(site + sensor + tag + text), "a control character"
     content = json.loads(payload, parse_constant=_no_constants)
     assert (content["site_code"], content["sensor_id"]) == (site, sensor)
