@@ -25,10 +25,13 @@ from spool import (
     SinkProgress,
     SpoolError,
     SpoolWriter,
+    UnreadableFileError,
     WrongEnvironmentError,
     claim_environment,
     confirmed,
+    lasting,
     prepare_apart,
+    readable,
     refuse_backlog,
     set_aside,
     spool_path,
@@ -62,18 +65,10 @@ def _body(settings: Settings, stop: StopRequest) -> None:
         if error.path != writer.path:
             raise
         writer.close()
-        if _is_confirmed(writer.path):
+        if confirmed(error):
             # Move it now, while we know; the restart makes a new one and salvages this one.
             _tell_set_aside(set_aside(writer.path))
         raise
-
-
-def _is_confirmed(path: Path) -> bool:
-    try:
-        return confirmed(path)
-    except OSError:
-        # Without its mark there would never be a second time. What is set aside is not lost.
-        return True
 
 
 def _claim_salvage(salvage: Salvage, app_env: str, sinks: Sequence[SinkProgress]) -> None:
@@ -106,9 +101,14 @@ def _open_spool(
     directory = settings.spool_dir
     try:
         writer = _open_writer(directory)
+    except UnreadableFileError as error:
+        if not lasting(error):
+            raise
+        writer = _begin_anew(directory, error)
     except CorruptFileError as error:
         log.warning("opened once more, for it may have been a read error that passes: %s", error)
         writer = _open_again(directory)
+    readable(writer.path)
     if position := writer.meta(SALVAGE_KEY):
         return writer, Salvage.resumed(position)
     # A start that was cut short may have made the file and not come to what follows here.
@@ -140,9 +140,13 @@ def _open_again(directory: Path) -> SpoolWriter:
     try:
         return _open_writer(directory)
     except CorruptFileError as error:
-        log.critical("the spool is damaged: %s", error)
-        _tell_set_aside(set_aside(spool_path(directory)))
-        return _open_writer(directory)
+        return _begin_anew(directory, error)
+
+
+def _begin_anew(directory: Path, error: SpoolError) -> SpoolWriter:
+    log.critical("the spool is damaged: %s", error)
+    _tell_set_aside(set_aside(spool_path(directory)))
+    return _open_writer(directory)
 
 
 def _open_writer(directory: Path) -> SpoolWriter:

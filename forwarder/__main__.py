@@ -1,6 +1,5 @@
 """``python -m forwarder pubsub`` and ``python -m forwarder bigquery``."""
 
-import gc
 import logging
 import os
 import sys
@@ -15,16 +14,18 @@ from spool import (
     NewerFormatError,
     SinkState,
     SpoolError,
+    UnreadableFileError,
     WrongEnvironmentError,
+    confirmed,
+    lasting,
+    readable,
     set_aside,
 )
 
-WATCHDOG_S = 300.0
-"""Above the longest lawful silence: a batch whose requests all run into their deadlines."""
-
-GC_THRESHOLD = (20_000, 10, 10)
-"""Python's own (700) looks for cycles a dozen times in each batch, among thousands of rows that
-have none: a tenth of the processor time."""
+WATCHDOG_S = 1_800.0
+"""Above the longest lawful silence. Google's client asks for a token four times over; each time it
+gives each of the host's addresses (16 are usual) the whole deadline of 20 s, and before that the
+name may take 56 s. An uplink that swallows everything must not look like a hang."""
 
 log = logging.getLogger("forwarder")
 
@@ -55,7 +56,6 @@ def main(arguments: list[str]) -> ExitCode:
 
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
-    gc.set_threshold(*GC_THRESHOLD)
     watchdog = Watchdog([LOOP], WATCHDOG_S)
     state = _open_state(settings.spool_dir, name)
     sink = build(name, settings, state)
@@ -73,7 +73,7 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
         if error.path != state.path:
             raise
         state.close()
-        if state.damage_is_confirmed():
+        if confirmed(error):
             _set_aside(state.path, error)
         raise
     finally:
@@ -85,9 +85,14 @@ def _open_state(directory: Path, name: str) -> SinkState:
     """Open the sink's file; a damaged one is set aside and a new one takes its place."""
     try:
         state = SinkState.open(directory, name)
+    except UnreadableFileError as error:
+        if not lasting(error):
+            raise
+        state = _begin_anew(directory, name, error)
     except CorruptFileError as error:
         log.warning("opened once more, for it may have been a read error that passes: %s", error)
         state = _open_again(directory, name)
+    readable(state.path)
     if state.restored is not None:
         log.critical(
             "a new file takes the place of %s; delivery goes on behind what the collector had "
@@ -107,11 +112,17 @@ def _open_again(directory: Path, name: str) -> SinkState:
     try:
         return SinkState.open(directory, name)
     except CorruptFileError as error:
-        _set_aside(error.path, error)
-        return SinkState.open(directory, name)
+        return _begin_anew(directory, name, error)
 
 
-def _set_aside(path: Path, error: CorruptFileError) -> None:
+def _begin_anew(
+    directory: Path, name: str, error: CorruptFileError | UnreadableFileError
+) -> SinkState:
+    _set_aside(error.path, error)
+    return SinkState.open(directory, name)
+
+
+def _set_aside(path: Path, error: SpoolError) -> None:
     log.critical(
         "the sink's own file is damaged; it is set aside, nothing is deleted: %s",
         error,

@@ -12,22 +12,22 @@ import contextlib
 import http.client
 import io
 import select
+import socket
 import ssl
 import threading
 import time
 from base64 import b64encode
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
-    import socket
-
     from _typeshed import WriteableBuffer
 
 ANSWER_MAX_BYTES = 16 * 1024 * 1024
@@ -36,6 +36,9 @@ ANSWER_MAX_BYTES = 16 * 1024 * 1024
 IDLE_MAX_S = 50.0
 """A connection that rested for longer is not used again: a router on the way may have forgotten
 it without a word, and the rows would wait for their deadline."""
+
+Address: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
+"""What ``socket.getaddrinfo`` answers with."""
 
 _PORTS = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 
@@ -96,6 +99,7 @@ class InsertConnections:
         self._headers: Mapping[str, str] = {}
         self._may_renew = False
         self._renewing = threading.Lock()
+        self._names = _Names()
         self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
         url = urlsplit(route.url)
         self._target = url.path
@@ -135,8 +139,9 @@ class InsertConnections:
 
         Args:
             body: JSON.
-            deadline_s: For everything together, from the connection to the answer's last byte,
-                however slowly it comes.
+            deadline_s: For everything together, from the host's name to the answer's last byte,
+                however slowly it comes. A renewal of the credentials is not in it, and the
+                request that follows one has as much again.
 
         Raises:
             OSError: There is no connection, it broke, or the deadline has passed. The request
@@ -202,8 +207,10 @@ class InsertConnections:
                     _read_until(connection, ends_at)
                     return connection
                 connection.close()
-        connection = self._new(max(0.001, ends_at - time.monotonic()))
+        connection = self._new()
         _read_until(connection, ends_at)  # the proxy's answer too
+        opening: Any = connection  # its own way gives each address of the host the whole time
+        opening._create_connection = partial(self._dial, ends_at)  # noqa: SLF001
         try:
             connection.connect()
         except BaseException as error:
@@ -213,16 +220,17 @@ class InsertConnections:
             raise
         return connection
 
-    def _new(self, timeout_s: float) -> http.client.HTTPConnection:
+    def _dial(self, ends_at: float, host: tuple[str, int], *_: object) -> socket.socket:
+        return dialled(self._names.addresses(*host, ends_at), ends_at)
+
+    def _new(self) -> http.client.HTTPConnection:
         url = urlsplit(self._route.url)
         proxy = urlsplit(self._route.proxy)
         goal = (url.hostname or "", url.port or _PORTS[url.scheme])
         host, port = (proxy.hostname or "", proxy.port or _PORTS["http"]) if proxy.netloc else goal
         if self._context is None:
-            return http.client.HTTPConnection(host, port, timeout=timeout_s)
-        connection = http.client.HTTPSConnection(
-            host, port, timeout=timeout_s, context=self._context
-        )
+            return http.client.HTTPConnection(host, port)
+        connection = http.client.HTTPSConnection(host, port, context=self._context)
         if proxy.netloc:
             connection.set_tunnel(*goal, self._proxy_headers)
         return connection
@@ -236,6 +244,94 @@ def _context(authorities: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=authorities)
 
 
+class _Names:
+    """Has names resolved without holding anybody for longer than he has time.
+
+    ``getaddrinfo`` cannot be interrupted, and with name servers that are silent it takes 10 to
+    56 s (one server; three, with a search domain). So it runs in a thread of its own. There is one
+    at a time, for all who ask: those who give up leave it to the next, and threads do not pile up.
+    """
+
+    def __init__(self) -> None:
+        self._asking = threading.Lock()
+        self._lookup: Future[Sequence[Address]] = Future()
+        self._lookup.set_result(())
+
+    def addresses(self, host: str, port: int, ends_at: float) -> Sequence[Address]:
+        """Return the host's addresses, as the one resolution says that ends next.
+
+        Args:
+            host: The same one at each call.
+            port: The same one, too.
+            ends_at: When to give up, of ``time.monotonic``.
+
+        Raises:
+            OSError: There are none, or they are not known in time.
+        """
+        with self._asking:
+            if self._lookup.done():
+                lookup: Future[Sequence[Address]] = Future()
+                threading.Thread(
+                    target=_resolve, args=(lookup, host, port), name="resolve", daemon=True
+                ).start()
+                self._lookup = lookup
+            lookup = self._lookup
+        try:
+            return lookup.result(max(0.0, ends_at - time.monotonic()))
+        except TimeoutError:
+            if lookup.done():
+                return lookup.result()
+            raise TimeoutError(
+                f"the name {host} was not resolved in time; is the network up? try: "
+                f"getent ahosts {host}"
+            ) from None
+
+
+def _resolve(lookup: Future[Sequence[Address]], host: str, port: int) -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except Exception as error:  # noqa: BLE001 - it is for those who wait
+        lookup.set_exception(error)
+
+
+def dialled(addresses: Sequence[Address], ends_at: float) -> socket.socket:
+    """Return a socket that is connected to the first of ``addresses`` that answers.
+
+    Each has half of the time that is left, the last one all of it: on a slow link nothing less
+    would do for a good address, and one that is silent leaves time for another.
+
+    Raises:
+        OSError: None answers in time: the error of the first one.
+    """
+    first_error: OSError | None = None
+    for number, (family, kind, protocol, _, place) in enumerate(by_turns(addresses), 1):
+        tried = socket.socket(family, kind, protocol)
+        try:
+            _limit(tried, ends_at, among=1 if number == len(addresses) else 2)
+            tried.connect(place)
+        except OSError as error:
+            tried.close()
+            first_error = first_error or error
+        else:
+            _limit(tried, ends_at)
+            return tried
+    raise first_error or OSError("the host has no address")
+
+
+def by_turns(addresses: Sequence[Address]) -> list[Address]:
+    """Return the addresses so that IPv4 and IPv6 take turns, otherwise in their order.
+
+    Where one of the two is broken, it is so for all of its addresses.
+    """
+    met: Counter[socket.AddressFamily] = Counter()
+
+    def turn(address: Address) -> int:
+        met[address[0]] += 1
+        return met[address[0]]
+
+    return sorted(addresses, key=turn)
+
+
 class _Pieces(io.RawIOBase):
     """What comes over a socket; each piece has what is left of the time.
 
@@ -247,7 +343,7 @@ class _Pieces(io.RawIOBase):
         ends_at: When to give up, of ``time.monotonic``.
     """
 
-    def __init__(self, connected: "socket.socket", ends_at: float) -> None:
+    def __init__(self, connected: socket.socket, ends_at: float) -> None:
         self._socket = connected
         # As long as this is open, a closed connection's socket stays readable.
         self._raw = connected.makefile("rb", buffering=0)
@@ -262,7 +358,10 @@ class _Pieces(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int | None:
         _limit(self._socket, self._ends_at)
-        return self._raw.readinto(buffer)
+        got = self._raw.readinto(buffer)
+        # After a proxy's answer comes the TLS handshake, which asks nobody for the time.
+        _limit(self._socket, self._ends_at)
+        return got
 
     def close(self) -> None:
         self._raw.close()
@@ -276,18 +375,18 @@ def _read_until(connection: http.client.HTTPConnection, ends_at: float) -> None:
 
 
 def _response(
-    ends_at: float, connected: "socket.socket", *, method: str | None
+    ends_at: float, connected: socket.socket, *, method: str | None
 ) -> http.client.HTTPResponse:
     source: Any = _Pieces(connected, ends_at)
     return http.client.HTTPResponse(source, method=method)
 
 
-def _limit(connected: "socket.socket", ends_at: float) -> None:
-    """Give what comes next until ``ends_at``."""
+def _limit(connected: socket.socket, ends_at: float, *, among: int = 1) -> None:
+    """Give what comes next until ``ends_at``; a part of that, if it is one of several."""
     left_s = ends_at - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("timed out")
-    connected.settimeout(left_s)
+    connected.settimeout(left_s / among)
 
 
 def _readable(connection: http.client.HTTPConnection) -> bool:

@@ -50,6 +50,7 @@ from spool.errors import (
     NewerFormatError,
     SpoolError,
     StorageFaultError,
+    UnreadableFileError,
     WrongEnvironmentError,
 )
 from spool.files import sink_path, spool_path
@@ -66,7 +67,7 @@ from spool.records import (
     presentable,
     row_crc,
 )
-from spool.recovery import SALVAGE_STEP_BYTES, Salvage, confirmed, set_aside
+from spool.recovery import SALVAGE_STEP_BYTES, Salvage, confirmed, lasting, readable, set_aside
 from spool.retention import Pruner, Retention
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
@@ -104,14 +105,17 @@ __all__ = [
     "SpoolReader",
     "SpoolWriter",
     "StorageFaultError",
+    "UnreadableFileError",
     "WrongEnvironmentError",
     "claim_environment",
     "confirmed",
     "event_id",
     "intact",
+    "lasting",
     "pending",
     "prepare_apart",
     "presentable",
+    "readable",
     "refuse_backlog",
     "row_crc",
     "set_aside",

@@ -28,6 +28,18 @@ class CorruptFileError(StorageFaultError):
         self.path = path
 
 
+class UnreadableFileError(StorageFaultError):
+    """The disk could not read what every use of the file begins with; that may pass.
+
+    Attributes:
+        path: Which file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class FileMissingError(SpoolError):
     """The file is not there (yet): its owner has not run, or somebody removed it."""
 
@@ -49,9 +61,16 @@ class CursorAheadError(SpoolError):
 
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
+_READ_FAILED = {
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+    sqlite3.SQLITE_IOERR_CORRUPTFS,
+}
+"""A read of the first page or of the log; one of any later page is told as SQLITE_CORRUPT."""
+
 
 def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFaultError:
-    """Return our error for SQLite's: only two codes mean corruption, one a full disk.
+    """Return our error for SQLite's: two codes mean corruption, one a full disk.
 
     Running out of file descriptors or a permission error must never be taken for corruption:
     setting a healthy spool aside would be a loss made by ourselves.
@@ -64,7 +83,23 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
         return CorruptFileError(f"{what}; the file is damaged or not ours", path)
     if primary == sqlite3.SQLITE_FULL:
         return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+    if code in _READ_FAILED:
+        return UnreadableFileError(
+            f"{what}; the disk cannot read it: dmesg | tail; smartctl -x DEVICE. If that does not "
+            "pass, its owner sets the file aside by itself after some minutes of restarts",
+            path,
+        )
     return StorageFaultError(
         f"{what}; check the disk and its rights: df -h {path.parent}; ls -la {path.parent}; "
         "dmesg | tail"
+    )
+
+
+def undone(what: str, error: OSError, path: Path) -> StorageFaultError:
+    """Return the error for what could not be done about the damaged file ``path``."""
+    directory = path.parent
+    return StorageFaultError(
+        f"{what} failed: {error}; {path} stays where it is, nothing is lost, and the next start "
+        f"looks again. Free space, or make the directory writable: df -h {directory}; "
+        f"df -i {directory}; findmnt -T {directory}; ls -ld {directory}; dmesg | tail"
     )

@@ -14,7 +14,6 @@ from spool.connection import format_version, open_owner
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
 from spool.records import READING_COLUMNS, Reading
-from spool.recovery import confirmed
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
 SINK_FORMAT = 2
@@ -116,10 +115,6 @@ class SinkState:
     def close(self) -> None:
         """Close; what was committed stays."""
         self._conn.close()
-
-    def damage_is_confirmed(self) -> bool:
-        """Return whether it is the second time that the file is found damaged; close it first."""
-        return confirmed(self.path)
 
     @contextmanager
     def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:

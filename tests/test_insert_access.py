@@ -1,5 +1,6 @@
 """The insertAll sink's way to the service: credentials, proxies, and whom it trusts."""
 
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,10 @@ from google.auth.credentials import Credentials
 from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
 
 import forwarder.bqservice
-from forwarder.bigquery import InsertAllSink
+from forwarder.__main__ import WATCHDOG_S
+from forwarder.bigquery import DEADLINE_S, InsertAllSink
+from forwarder.bqservice import TableService
+from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import COLUMNS
 from lifecycle import load_settings
@@ -241,3 +245,45 @@ def schema(fields: list[Mapping[str, Any]]) -> bytes:
     """Return a table as tables.get describes it."""
     reference = {"projectId": "p-1", "datasetId": "d", "tableId": "readings"}
     return msgspec.json.encode({"tableReference": reference, "schema": {"fields": fields}})
+
+
+HOST_ADDRESSES = 16
+"""Google's hosts have about so many; each is given the whole deadline."""
+
+SILENT_RESOLVER_S = 56.0
+"""Three name servers, a search domain, and resolv.conf's own limits (timeout:5 attempts:2)."""
+
+
+class FarAccount(Account):
+    """Has its tokens from another host."""
+
+    def refresh(self, request: object) -> None:
+        assert callable(request)
+        request("https://tokens.test/", method="POST")
+
+
+def test_the_watchdog_waits_for_all_that_a_dead_uplink_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Google's client asks for a token, and does so again by itself, without a word in between."""
+    asked = []
+
+    def unknown(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(google.auth, "default", lambda **_: (FarAccount(), "p-1"))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    environment = {
+        "APP_ENV": "DEV",
+        "GCP_PROJECT_ID": "p-1",
+        "BIGQUERY_DATASET": "d",
+        "BIGQUERY_TABLE": "readings",
+        "PUBSUB_ENABLED": "false",
+    }
+    service = TableService(load_settings(environment, "gate-1"), DEADLINE_S)
+    with pytest.raises(FaultError, match="name resolution"):
+        service.read_columns()
+    service.close()
+    assert asked == ["tokens.test"] * 4
+    assert len(asked) * (HOST_ADDRESSES * DEADLINE_S + SILENT_RESOLVER_S) < WATCHDOG_S

@@ -3,14 +3,25 @@
 import contextlib
 import socket
 import ssl
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import forwarder.inserthttp
-from forwarder.inserthttp import Answer, InsertConnections, Route, UnsupportedProxyError
+from forwarder.inserthttp import (
+    Address,
+    Answer,
+    InsertConnections,
+    Route,
+    UnsupportedProxyError,
+    by_turns,
+)
 from tests.fakes.http1 import HOST, Reply, Request
 from tests.fakes.relay import Proxy, Relay
 from tests.insert_parts import (
@@ -26,6 +37,28 @@ from tests.insert_parts import (
 )
 
 SOON_S = 0.2
+PATIENCE_S = 2.0
+
+DEAD_RESOLVER = """
+ip link set lo up
+printf 'nameserver 127.0.0.1\\n' > "$1"
+mount --bind "$1" /etc/resolv.conf
+exec "$2" -c "$3"
+"""
+WITH_A_DEADLINE = f"""
+import socket, time
+from forwarder.inserthttp import InsertConnections, Route
+from tests.insert_parts import Tokens
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+connections = InsertConnections(Route("http://service.test/"), Tokens())
+begun = time.monotonic()
+try:
+    connections.post(b"", {SOON_S})
+except TimeoutError as error:
+    print(error)
+print(time.monotonic() - begun)
+"""
 
 
 @pytest.fixture
@@ -183,6 +216,132 @@ def test_a_body_that_nobody_reads_ends_with_its_own_deadline() -> None:
             assert first.result() == OK
         with service, pytest.raises(TimeoutError):
             connections.post(bytes(64 * 1024 * 1024), SOON_S)
+
+
+class Resolver:
+    """Stands in for ``getaddrinfo``: answers what it is told, as soon as it is let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, places: Sequence[tuple[str, int]]) -> None:
+        self.may_answer = threading.Event()
+        self.asked = 0
+        self._places = places
+        monkeypatch.setattr(socket, "getaddrinfo", self._answer)
+
+    def _answer(self, *_: object, **__: object) -> list[Address]:
+        self.asked += 1
+        assert self.may_answer.wait(DEADLINE_S)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in self._places]
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that lets nobody in, and says so to nobody: its queue is full."""
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.socket())
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        place = (HOST, listener.getsockname()[1])
+        for _ in range(3):
+            waiting = opened.enter_context(socket.socket())
+            waiting.settimeout(0)
+            waiting.connect_ex(place)
+        yield place
+
+
+def seconds_until_timeout(connections: InsertConnections, deadline_s: float, match: str) -> float:
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match=match):
+        connections.post(BODY, deadline_s)
+    return time.monotonic() - begun
+
+
+def test_a_name_that_is_not_resolved_in_time_ends_with_the_deadline_and_is_asked_for_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = Resolver(monkeypatch, [(HOST, service.server.port)])
+    with connected(Route("http://service.test/insertAll")) as connections:
+        with ThreadPoolExecutor(4) as pool:
+            ends = [
+                pool.submit(seconds_until_timeout, connections, SOON_S, "service.test was not")
+                for _ in range(8)
+            ]
+            assert max(end.result() for end in ends) < PATIENCE_S
+        assert resolver.asked == 1
+        resolver.may_answer.set()
+        assert connections.post(BODY, DEADLINE_S) == OK
+
+
+def test_a_name_that_does_not_exist_is_asked_for_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    with connected(Route("http://service.test/insertAll")) as connections:
+        with monkeypatch.context() as offline:
+            offline.setattr(socket, "getaddrinfo", unknown)
+            with pytest.raises(socket.gaierror, match="Temporary"):
+                connections.post(BODY, DEADLINE_S)
+        Resolver(monkeypatch, [(HOST, service.server.port)]).may_answer.set()
+        assert connections.post(BODY, DEADLINE_S) == OK
+
+
+def test_silent_name_servers_hold_a_request_for_its_deadline_only(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["unshare", "-n", "-m", "sh", "-ec", DEAD_RESOLVER, "sh", tmp_path / "resolv.conf",
+         sys.executable, WITH_A_DEADLINE],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if "unshare failed" in done.stderr:
+        pytest.skip("only root can have name servers of its own")
+    message, seconds = done.stdout.splitlines()
+    assert "service.test was not resolved in time" in message
+    assert float(seconds) < PATIENCE_S
+
+
+def test_a_host_with_many_silent_addresses_has_one_deadline_for_all(
+    silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Resolver(monkeypatch, [silent] * 20).may_answer.set()
+    with connected(Route("http://service.test/insertAll")) as connections:
+        assert seconds_until_timeout(connections, SOON_S, "timed out") < PATIENCE_S
+
+
+def test_a_silent_address_leaves_time_for_the_next(
+    service: Service, silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Resolver(monkeypatch, [silent, (HOST, service.server.port)]).may_answer.set()
+    with connected(Route("http://service.test/insertAll")) as connections:
+        assert connections.post(BODY, PATIENCE_S) == OK
+
+
+def test_the_two_families_of_addresses_take_turns() -> None:
+    def address(family: socket.AddressFamily, number: int) -> Address:
+        return (family, socket.SOCK_STREAM, 0, "", number)
+
+    v6 = [address(socket.AF_INET6, n) for n in range(4)]
+    v4 = [address(socket.AF_INET, n) for n in range(2)]
+    assert by_turns([*v6, *v4]) == [v6[0], v4[0], v6[1], v4[1], v6[2], v6[3]]
+
+
+def test_a_proxys_slow_answer_leaves_the_handshake_what_is_left() -> None:
+    over = threading.Event()
+    with socket.create_server((HOST, 0)) as listener:
+
+        def answer_late() -> None:
+            service, _ = listener.accept()
+            with service:
+                over.wait(0.6 * PATIENCE_S)
+                service.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                over.wait(DEADLINE_S)
+
+        server = threading.Thread(target=answer_late)
+        server.start()
+        route = Route("https://localhost/", f"http://{HOST}:{listener.getsockname()[1]}")
+        with connected(route) as connections:
+            assert seconds_until_timeout(connections, PATIENCE_S, "timed out") < 1.4 * PATIENCE_S
+        over.set()
+        server.join()
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,21 @@ The collector's own process, with a fault that strace puts into one read of spoo
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from spool import SpoolWriter, spool_path
+from spool import SinkState, SpoolWriter, sink_path, spool_path
+from spool.recovery import LASTING_S, LASTING_STARTS
 from tests.harness import Program, wait_until
 from tests.test_spool_writer import look, new_reading
 from tests.torture import storage_faults
 
 ROWS = 2_000
 RUNNING = "cannot reach the broker"
+UNREADABLE = "SQLITE_IOERR_CORRUPTFS"
 COPIED = "what could be read of the damaged spool is in the new one"
 LIFE_TIMEOUT_S = 60.0
 COMMAND = (sys.executable, "-m", "collector")
@@ -67,16 +70,18 @@ def live(
     return program.wait(), log.read_text(errors="replace")
 
 
-def tampered(spool_dir: Path, when: str, log: Path) -> tuple[str, ...]:
+def tampered(
+    path: Path, when: str, log: Path, command: tuple[str, ...] = COMMAND
+) -> tuple[str, ...]:
     """Return the command whose read of this number fails; strace's notes go to ``log``."""
     return (
         *("strace", "-D", "-f", "--seccomp-bpf", "-qq", "-o", str(log), "-e", "signal=none"),
-        *(f"-P{spool_path(spool_dir)}", "-e", "trace=pread64"),
-        *("-e", f"inject=pread64:error=EIO:when={when}", *COMMAND),
+        *(f"-P{path}", "-e", "trace=pread64"),
+        *("-e", f"inject=pread64:error=EIO:when={when}", *command),
     )
 
 
-AT_THE_OPENING, WITHIN_THE_ROWS = "5", "40"
+FIRST, AT_THE_OPENING, WITHIN_THE_ROWS = "1", "5", "40"
 """Which reads those are."""
 
 
@@ -86,7 +91,9 @@ def test_a_read_error_that_passes_costs_a_second_look_and_no_spool(
 ) -> None:
     before = look(spool_path(spool_dir), "SELECT value FROM meta WHERE key='epoch'")
     notes = tmp_path / "strace"
-    ended, text = live(tampered(spool_dir, when, notes), variables, tmp_path / "first.log")
+    ended, text = live(
+        tampered(spool_path(spool_dir), when, notes), variables, tmp_path / "first.log"
+    )
     assert "(INJECTED)" in notes.read_text()
     assert "SQLITE_CORRUPT" in text
     assert ended == (0 if when == AT_THE_OPENING else 75), text
@@ -101,7 +108,7 @@ def test_a_page_that_can_never_be_read_is_damage_and_the_rest_is_copied(
     spool_dir: Path, variables: dict[str, str], tmp_path: Path
 ) -> None:
     for life in range(2):
-        command = tampered(spool_dir, f"{WITHIN_THE_ROWS}+", tmp_path / "strace")
+        command = tampered(spool_path(spool_dir), f"{WITHIN_THE_ROWS}+", tmp_path / "strace")
         ended, text = live(command, variables, tmp_path / f"{life}.log")
         assert ended == 75, text
     (damaged,) = spool_dir.glob("*.damaged-*Z")
@@ -110,3 +117,61 @@ def test_a_page_that_can_never_be_read_is_damage_and_the_rest_is_copied(
     salvaged = look(spool_path(spool_dir), "SELECT count(*) FROM reading_row")[0][0]
     assert salvaged == ROWS
     assert damaged.exists()
+
+
+def note(path: Path) -> Path:
+    """Return where it is counted how often the file could not be read."""
+    return path.with_name(f"{path.name}.unreadable")
+
+
+def nearly_believed(path: Path) -> None:
+    """Note that the file could not be read at all starts but one, for long."""
+    now_s = time.time()
+    note(path).write_text(f"{now_s - LASTING_S} {now_s} {LASTING_STARTS - 1}")
+
+
+def test_a_first_page_that_cannot_be_read_once_costs_a_restart_and_no_spool(
+    spool_dir: Path, variables: dict[str, str], tmp_path: Path
+) -> None:
+    before = look(spool_path(spool_dir), "SELECT value FROM meta WHERE key='epoch'")
+    command = tampered(spool_path(spool_dir), f"{FIRST}+", tmp_path / "strace")
+    ended, text = live(command, variables, tmp_path / "first.log")
+    assert (ended, UNREADABLE in text) == (75, True), text
+    assert "dmesg | tail" in text
+    assert note(spool_path(spool_dir)).exists()
+    ended, text = live(COMMAND, variables, tmp_path / "second.log")
+    assert ended == 0, text
+    assert not note(spool_path(spool_dir)).exists()
+    assert list(spool_dir.glob("*.damaged-*")) == []
+    assert look(spool_path(spool_dir), "SELECT value FROM meta WHERE key='epoch'") == before
+
+
+def test_a_first_page_that_cannot_be_read_for_long_is_damage_and_the_rest_is_copied(
+    spool_dir: Path, variables: dict[str, str], tmp_path: Path
+) -> None:
+    nearly_believed(spool_path(spool_dir))
+    # The fault goes by the file's name, so only the first read: the next file has that name too.
+    command = tampered(spool_path(spool_dir), FIRST, tmp_path / "strace")
+    ended, text = live(command, variables, tmp_path / "log", COPIED)
+    assert ended == 0, text
+    assert UNREADABLE in text
+    assert len(list(spool_dir.glob("*.damaged-*Z"))) == 1
+    assert look(spool_path(spool_dir), "SELECT count(*) FROM reading_row") == [(ROWS,)]
+    assert not note(spool_path(spool_dir)).exists()
+
+
+def test_a_sinks_file_that_cannot_be_read_for_long_is_begun_again(
+    spool_dir: Path, variables: dict[str, str], tmp_path: Path
+) -> None:
+    SinkState.open(spool_dir, "pubsub").close()
+    own = sink_path(spool_dir, "pubsub")
+    command = (sys.executable, "-m", "forwarder", "pubsub")
+    unreadable = tampered(own, FIRST, tmp_path / "strace", command)
+    ended, text = live(unreadable, variables, tmp_path / "first.log")
+    assert (ended, UNREADABLE in text) == (75, True), text
+    assert list(spool_dir.glob("*.damaged-*")) == []
+    nearly_believed(own)
+    ended, text = live(unreadable, variables, tmp_path / "second.log", "a new file takes the place")
+    assert ended == 0, text
+    assert len(list(spool_dir.glob("pubsub.db.damaged-*Z"))) == 1
+    assert not note(own).exists()

@@ -1,5 +1,7 @@
 """A sink's damaged file: what its new one begins with, and what it must not believe."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from spool import (
     SinkFile,
     SinkState,
     SpoolWriter,
+    StorageFaultError,
+    UnreadableFileError,
     set_aside,
     sink_path,
     spool_path,
 )
-from spool.recovery import SUSPICION_S, confirmed
+from spool.recovery import LASTING_S, LASTING_STARTS, SUSPICION_S, confirmed, lasting, readable
 from spool.sinkrecovery import RESTORED
 from tests.test_spool_sinkstate import dead, row
 from tests.test_spool_writer import edit, look, new_reading
@@ -140,17 +144,80 @@ def test_an_emptied_file_is_damaged_and_its_log_is_kept(tmp_path: Path, epoch: s
 
 
 def test_damage_is_believed_when_it_is_met_again_soon(tmp_path: Path) -> None:
-    path = sink_path(tmp_path, SINK)
-    assert not confirmed(path, 1_000.0)
-    assert confirmed(path, 1_000.0 + SUSPICION_S)
+    damage_of = CorruptFileError("", sink_path(tmp_path, SINK))
+    assert not confirmed(damage_of, 1_000.0)
+    assert confirmed(damage_of, 1_000.0 + SUSPICION_S)
     assert list(tmp_path.iterdir()) == [], "the next suspicion is a new one"
-    assert not confirmed(path, 2_000.0)
-    assert not confirmed(path, 2_001.0 + SUSPICION_S), "that one has passed"
-    assert not confirmed(path, 1_000.0), "a clock that was set back proves nothing"
+    assert not confirmed(damage_of, 2_000.0)
+    assert not confirmed(damage_of, 2_001.0 + SUSPICION_S), "that one has passed"
+    assert not confirmed(damage_of, 1_000.0), "a clock that was set back proves nothing"
 
 
 def test_a_mark_that_cannot_be_read_is_no_confirmation(tmp_path: Path) -> None:
     path = sink_path(tmp_path, SINK)
     path.with_name(f"{path.name}.suspected").write_text("garbage", encoding="ascii")
-    assert not confirmed(path, 1_000.0)
-    assert confirmed(path, 1_001.0)
+    assert not confirmed(CorruptFileError("", path), 1_000.0)
+    assert confirmed(CorruptFileError("", path), 1_001.0)
+
+
+@pytest.fixture
+def fault(tmp_path: Path) -> UnreadableFileError:
+    return UnreadableFileError("SQLITE_IOERR_CORRUPTFS", sink_path(tmp_path, SINK))
+
+
+def starts(fault: UnreadableFileError, first_s: float, every_s: float, count: int) -> list[bool]:
+    """Return what is said at so many starts that all end by the fault."""
+    return [lasting(fault, first_s + n * every_s) for n in range(count)]
+
+
+def test_what_cannot_be_read_is_believed_after_many_starts_over_minutes(
+    fault: UnreadableFileError,
+) -> None:
+    quick = int(LASTING_S / 6)
+    assert starts(fault, 0.0, 6.0, quick) == [False] * quick
+    assert lasting(fault, LASTING_S)
+    readable(fault.path)
+    slow = LASTING_S / 3
+    assert starts(fault, 10_000.0, slow, LASTING_STARTS - 1) == [False] * (LASTING_STARTS - 1)
+    assert lasting(fault, 10_000.0 + LASTING_STARTS * slow)
+
+
+@pytest.mark.parametrize(
+    "interrupted_by", ["a good start", "a pause", "an earlier clock", "garbage"]
+)
+def test_what_could_be_read_meanwhile_begins_anew(
+    fault: UnreadableFileError, interrupted_by: str
+) -> None:
+    assert not any(starts(fault, 1_000.0, LASTING_S / 20, 20))
+    now_s = 1_000.0 + LASTING_S
+    if interrupted_by == "a good start":
+        readable(fault.path)
+    elif interrupted_by == "a pause":
+        now_s += SUSPICION_S
+    elif interrupted_by == "an earlier clock":
+        now_s = 900.0
+    else:
+        fault.path.with_name(f"{fault.path.name}.unreadable").write_bytes(b"\xff 1 2")
+    assert not any(starts(fault, now_s, LASTING_S / 20, 20))
+    assert lasting(fault, now_s + LASTING_S)
+
+
+def test_nothing_is_believed_of_a_disk_that_takes_no_writes(
+    fault: UnreadableFileError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(starts(fault, 1_000.0, LASTING_S / 20, 20))
+
+    def refused(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refused)
+        with pytest.raises(StorageFaultError, match=r"CORRUPTFS; to note that in .* failed"):
+            lasting(fault, 1_000.0 + LASTING_S)
+
+
+def test_what_is_set_aside_says_nothing_of_the_next(fault: UnreadableFileError) -> None:
+    assert not any(starts(fault, 1_000.0, LASTING_S / 20, 20))
+    fault.path.touch()
+    set_aside(fault.path)
+    assert not lasting(fault, 1_000.0 + LASTING_S)

@@ -15,6 +15,7 @@ from spool import (
     Salvage,
     SpoolReader,
     SpoolWriter,
+    StorageFaultError,
     confirmed,
     set_aside,
     spool_path,
@@ -263,10 +264,10 @@ def test_what_was_suspected_of_a_file_that_is_set_aside_says_nothing_of_the_next
 ) -> None:
     path = spool_path(tmp_path)
     SpoolWriter.open(tmp_path).close()
-    assert not confirmed(path)
+    assert not confirmed(CorruptFileError("", path))
     set_aside(path)
     SpoolWriter.open(tmp_path).close()
-    assert not confirmed(path)
+    assert not confirmed(CorruptFileError("", path))
 
 
 def test_a_page_the_disk_cannot_read_costs_what_is_on_it(
@@ -379,6 +380,25 @@ def test_a_spool_is_set_aside_with_its_log_and_index(tmp_path: Path) -> None:
     assert target.name == "spool.db.damaged-19700101T000000Z"
     names = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert names == {f"{target.name}{suffix}": suffix for suffix in ("", "-wal", "-shm")}
+
+
+def test_a_spool_that_cannot_be_moved_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"spool.db{suffix}").write_text(suffix)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self == spool_path(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(StorageFaultError, match=r"set aside .*spool.db failed"):
+        set_aside(spool_path(tmp_path))
+    names = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert names == {f"spool.db{suffix}": suffix for suffix in ("", "-wal", "-shm")}
 
 
 def test_setting_aside_twice_in_a_second_overwrites_nothing(tmp_path: Path) -> None:
