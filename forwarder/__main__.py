@@ -22,10 +22,10 @@ from spool import (
     set_aside,
 )
 
-WATCHDOG_S = 1_800.0
-"""Above the longest lawful silence. Google's client asks for a token four times over; each time it
-gives each of the host's addresses (16 are usual) the whole deadline of 20 s, and before that the
-name may take 56 s. An uplink that swallows everything must not look like a hang."""
+WATCHDOG_S = 420.0
+"""Above the longest lawful silence. A delivery to BigQuery may wait three times for what Google's
+client does (CALL_WAIT_S), look for guilty rows (GIVE_BACK_AFTER_S), send a last request twice, the
+second time with a new token, and read the table anew."""
 
 log = logging.getLogger("forwarder")
 

@@ -10,11 +10,18 @@ from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, Ref
 from google.auth.transport.requests import Request
 
 from forwarder.faults import CREDENTIALS_REMEDY, FaultError, credentials_remedy
+from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
 
 TOKEN_DEADLINE_S = 5.0
 """Of each request for a token that is made to learn why there is none; google-auth tries three
-times."""
+times, and gives each of the host's addresses so long."""
+
+TOKEN_WAIT_S = 30.0
+"""For all of that, and for the host's name."""
+
+_tokens: SharedCall[None] = SharedCall("an access token")
+"""Of the process: nobody else gives up waiting, and asks again."""
 
 
 def find_credentials(scopes: Sequence[str]) -> Credentials:
@@ -79,7 +86,9 @@ def why_no_token(credentials: Credentials, details: str) -> Fault:
     """
     request: Any = partial(Request(), timeout=TOKEN_DEADLINE_S)
     try:
-        credentials.refresh(request)  # type: ignore[no-untyped-call]
+        _tokens.result(partial(credentials.refresh, request), TOKEN_WAIT_S)
     except GoogleAuthError as error:
         return token_fault(error)
+    except TimeoutError as error:
+        return Fault(FaultKind.TRANSIENT, f"{error}; {details}")
     return Fault(FaultKind.TRANSIENT, f"no access token, a moment ago: {details}")

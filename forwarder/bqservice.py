@@ -21,6 +21,7 @@ from google.cloud import bigquery
 from forwarder.access import cannot_build, find_credentials, token_fault
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
 from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
+from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
     CLUSTER_COLUMNS,
@@ -41,6 +42,10 @@ NEW_TABLE_SETTLES_S = 600.0
 
 _PROXY_REMEDY = "set HTTPS_PROXY to http://HOST:PORT, or NO_PROXY=googleapis.com"
 _NAMES_REMEDY = "check GCP_PROJECT_ID, BIGQUERY_DATASET and BIGQUERY_TABLE"
+
+CALL_WAIT_S = 45.0
+"""How long to wait for what Google's client does, whose own deadline is not of the whole. What
+takes longer goes on, and the next try has its outcome."""
 
 NO_RETRY: Any = None
 """Retrying is the drain loop's; the client's own would hide an outage from the operator."""
@@ -65,6 +70,9 @@ class TableService:
         self._credentials: Credentials | None = None
         self._connections: InsertConnections | None = None
         self._created_at = float("-inf")
+        self._tables: SharedCall[bigquery.Table] = SharedCall("the table's schema")
+        self._creations: SharedCall[bigquery.Table] = SharedCall("the table's creation")
+        self._tokens: SharedCall[Mapping[str, str]] = SharedCall("an access token")
 
     def close(self) -> None:
         """Close the connections; the next use opens them again, with credentials read anew."""
@@ -101,7 +109,7 @@ class TableService:
             f"{self.root}/bigquery/v2/projects/{project}/datasets/{dataset}/tables/"
             f"{quote(table)}/insertAll"
         )
-        authorization = _Authorization(self._credentials, url, self._deadline_s)
+        authorization = _Authorization(self._credentials, url, self._deadline_s, self._tokens)
         return InsertConnections(_route(url), authorization)
 
     def _connect(self) -> bigquery.Client:
@@ -128,7 +136,10 @@ class TableService:
         """
         client = self._connect()
         try:
-            table = client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s)
+            table = self._tables.result(
+                lambda: client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s),
+                CALL_WAIT_S,
+            )
         except Exception as error:
             blame, fault = self.judge(error)
             missing = getattr(error, "code", None) == 404  # noqa: PLR2004 - HTTP's number
@@ -168,7 +179,10 @@ class TableService:
         )
         table.clustering_fields = list(CLUSTER_COLUMNS)
         try:
-            client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s)
+            self._creations.result(
+                lambda: client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s),
+                CALL_WAIT_S,
+            )
         except Conflict:
             return self.read_columns()  # somebody else made it just now
         except Exception as error:
@@ -243,22 +257,39 @@ class _Authorization:
         credentials: Those of the client.
         url: What is posted to.
         deadline_s: Of each request for a token.
+        tokens: Has them asked for.
     """
 
-    def __init__(self, credentials: Credentials, url: str, deadline_s: float) -> None:
+    def __init__(
+        self,
+        credentials: Credentials,
+        url: str,
+        deadline_s: float,
+        tokens: SharedCall[Mapping[str, str]],
+    ) -> None:
         self._credentials = credentials
         self._url = url
         self._request: Any = partial(Request(), timeout=deadline_s)
+        self._tokens = tokens
 
     def headers(self) -> Mapping[str, str]:
+        if self._credentials.valid:
+            return self._applied()
+        return self._tokens.result(self._applied, CALL_WAIT_S)
+
+    def _applied(self) -> Mapping[str, str]:
         headers: dict[str, str] = {}
         self._credentials.before_request(self._request, "POST", self._url, headers)
         return headers
 
     def renewed(self) -> Mapping[str, str]:
-        if not isinstance(self._credentials, AnonymousCredentials):  # which cannot be renewed
-            self._credentials.refresh(self._request)
-        return self.headers()
+        if isinstance(self._credentials, AnonymousCredentials):  # which cannot be renewed
+            return self._applied()
+        return self._tokens.result(self._refreshed, CALL_WAIT_S)
+
+    def _refreshed(self) -> Mapping[str, str]:
+        self._credentials.refresh(self._request)
+        return self._applied()
 
 
 def _route(url: str) -> Route:

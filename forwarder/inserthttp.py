@@ -19,13 +19,14 @@ import time
 from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
+
+from forwarder.sharedcall import SharedCall
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -99,7 +100,7 @@ class InsertConnections:
         self._headers: Mapping[str, str] = {}
         self._may_renew = False
         self._renewing = threading.Lock()
-        self._names = _Names()
+        self._addresses: SharedCall[Sequence[Address]] = SharedCall("resolve")
         self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
         url = urlsplit(route.url)
         self._target = url.path
@@ -221,7 +222,17 @@ class InsertConnections:
         return connection
 
     def _dial(self, ends_at: float, host: tuple[str, int], *_: object) -> socket.socket:
-        return dialled(self._names.addresses(*host, ends_at), ends_at)
+        try:
+            addresses = self._addresses.result(
+                lambda: socket.getaddrinfo(*host, type=socket.SOCK_STREAM),
+                ends_at - time.monotonic(),
+            )
+        except TimeoutError:
+            raise TimeoutError(
+                f"the name {host[0]} was not resolved in time; is the network up? try: "
+                f"getent ahosts {host[0]}"
+            ) from None
+        return dialled(addresses, ends_at)
 
     def _new(self) -> http.client.HTTPConnection:
         url = urlsplit(self._route.url)
@@ -242,56 +253,6 @@ def _context(authorities: str) -> ssl.SSLContext:
     if Path(authorities).is_dir():
         return ssl.create_default_context(capath=authorities)
     return ssl.create_default_context(cafile=authorities)
-
-
-class _Names:
-    """Has names resolved without holding anybody for longer than he has time.
-
-    ``getaddrinfo`` cannot be interrupted, and with name servers that are silent it takes 10 to
-    56 s (one server; three, with a search domain). So it runs in a thread of its own. There is one
-    at a time, for all who ask: those who give up leave it to the next, and threads do not pile up.
-    """
-
-    def __init__(self) -> None:
-        self._asking = threading.Lock()
-        self._lookup: Future[Sequence[Address]] = Future()
-        self._lookup.set_result(())
-
-    def addresses(self, host: str, port: int, ends_at: float) -> Sequence[Address]:
-        """Return the host's addresses, as the one resolution says that ends next.
-
-        Args:
-            host: The same one at each call.
-            port: The same one, too.
-            ends_at: When to give up, of ``time.monotonic``.
-
-        Raises:
-            OSError: There are none, or they are not known in time.
-        """
-        with self._asking:
-            if self._lookup.done():
-                lookup: Future[Sequence[Address]] = Future()
-                threading.Thread(
-                    target=_resolve, args=(lookup, host, port), name="resolve", daemon=True
-                ).start()
-                self._lookup = lookup
-            lookup = self._lookup
-        try:
-            return lookup.result(max(0.0, ends_at - time.monotonic()))
-        except TimeoutError:
-            if lookup.done():
-                return lookup.result()
-            raise TimeoutError(
-                f"the name {host} was not resolved in time; is the network up? try: "
-                f"getent ahosts {host}"
-            ) from None
-
-
-def _resolve(lookup: Future[Sequence[Address]], host: str, port: int) -> None:
-    try:
-        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except Exception as error:  # noqa: BLE001 - it is for those who wait
-        lookup.set_exception(error)
 
 
 def dialled(addresses: Sequence[Address], ends_at: float) -> socket.socket:

@@ -67,8 +67,9 @@ from spool.records import (
     presentable,
     row_crc,
 )
-from spool.recovery import SALVAGE_STEP_BYTES, Salvage, confirmed, lasting, readable, set_aside
+from spool.recovery import SALVAGE_STEP_BYTES, Salvage
 from spool.retention import Pruner, Retention
+from spool.setaside import confirmed, lasting, readable, set_aside
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter

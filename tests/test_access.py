@@ -88,6 +88,18 @@ def test_a_token_endpoint_that_does_not_answer_is_left_soon(
     assert "read timeout=0.05" in fault.problem
 
 
+def test_a_token_that_takes_for_ever_is_not_waited_for(
+    tokens: TokenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.access, "TOKEN_WAIT_S", 0.2)
+    monkeypatch.setattr(forwarder.access, "TOKEN_DEADLINE_S", 1.0)
+    tokens.mood = Mood.SILENT
+    fault = why_no_token(find_credentials(SCOPES), DETAILS)
+    assert fault.kind is FaultKind.TRANSIENT
+    assert "no answer within" in fault.problem
+    assert DETAILS in fault.problem
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "null", "{}", '{"type": "service_account"}', '{"type": ["service_account"]}'],

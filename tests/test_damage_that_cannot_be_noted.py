@@ -8,7 +8,7 @@ import pytest
 
 from spool import SinkState, SpoolWriter, confirmed, sink_path, spool_path
 from spool.errors import CorruptFileError, StorageFaultError
-from spool.recovery import set_aside
+from spool.setaside import set_aside
 from tests.harness import Program
 from tests.test_spool_recovery import PAYLOAD, ROWS, garble, pages_of_rows
 from tests.test_spool_writer import look, new_reading

@@ -1,6 +1,8 @@
 """The insertAll sink's way to the service: credentials, proxies, and whom it trusts."""
 
-import socket
+import contextlib
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +14,8 @@ from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
 
 import forwarder.bqservice
 from forwarder.__main__ import WATCHDOG_S
-from forwarder.bigquery import DEADLINE_S, InsertAllSink
-from forwarder.bqservice import TableService
+from forwarder.bigquery import DEADLINE_S, GIVE_BACK_AFTER_S, InsertAllSink
+from forwarder.bqservice import CALL_WAIT_S, TableService
 from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import COLUMNS
@@ -47,16 +49,18 @@ def fake() -> Iterator[FakeBigQuery]:
         yield server
 
 
+ENVIRONMENT = {
+    "APP_ENV": "DEV",
+    "GCP_PROJECT_ID": "p-1",
+    "BIGQUERY_DATASET": "d",
+    "BIGQUERY_TABLE": "readings",
+    "PUBSUB_ENABLED": "false",
+    "BIGQUERY_WRITE_METHOD": "insert_all",
+}
+
+
 def made(endpoint: str) -> InsertAllSink:
-    environment = {
-        "APP_ENV": "DEV",
-        "GCP_PROJECT_ID": "p-1",
-        "BIGQUERY_DATASET": "d",
-        "BIGQUERY_TABLE": "readings",
-        "PUBSUB_ENABLED": "false",
-        "BIGQUERY_WRITE_METHOD": "insert_all",
-        "BIGQUERY_EMULATOR_HOST": endpoint,
-    }
+    environment = {**ENVIRONMENT, "BIGQUERY_EMULATOR_HOST": endpoint}
     return InsertAllSink(load_settings(environment, "gate-1"))
 
 
@@ -247,43 +251,47 @@ def schema(fields: list[Mapping[str, Any]]) -> bytes:
     return msgspec.json.encode({"tableReference": reference, "schema": {"fields": fields}})
 
 
-HOST_ADDRESSES = 16
-"""Google's hosts have about so many; each is given the whole deadline."""
-
-SILENT_RESOLVER_S = 56.0
-"""Three name servers, a search domain, and resolv.conf's own limits (timeout:5 attempts:2)."""
-
-
 class FarAccount(Account):
-    """Has its tokens from another host."""
+    """Has its tokens from a host that lets everybody wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+        self.waiting = 0
 
     def refresh(self, request: object) -> None:
-        assert callable(request)
-        request("https://tokens.test/", method="POST")
+        self.waiting += 1
+        assert self.answers.wait(10.0)
+        super().refresh(request)
 
 
-def test_the_watchdog_waits_for_all_that_a_dead_uplink_may_take(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("call", ["session", "read_columns"])
+def test_who_is_never_answered_is_told_so_and_asks_once(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeBigQuery, call: str
 ) -> None:
-    """Google's client asks for a token, and does so again by itself, without a word in between."""
-    asked = []
-
-    def unknown(host: str, *_: object, **__: object) -> None:
-        asked.append(host)
-        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(google.auth, "default", lambda **_: (FarAccount(), "p-1"))
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    environment = {
-        "APP_ENV": "DEV",
-        "GCP_PROJECT_ID": "p-1",
-        "BIGQUERY_DATASET": "d",
-        "BIGQUERY_TABLE": "readings",
-        "PUBSUB_ENABLED": "false",
-    }
-    service = TableService(load_settings(environment, "gate-1"), DEADLINE_S)
-    with pytest.raises(FaultError, match="name resolution"):
-        service.read_columns()
+    account = FarAccount()
+    monkeypatch.setattr(google.auth, "default", lambda **_: (account, "p-1"))
+    monkeypatch.setattr(forwarder.bqservice, "DEFAULT_ENDPOINT", fake.url)
+    monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", fake.url)  # for Google's client
+    monkeypatch.setattr(forwarder.bqservice, "CALL_WAIT_S", 0.2)
+    service = TableService(load_settings(ENVIRONMENT, "gate-1"), DEADLINE_S)
+    for _ in range(3):
+        with pytest.raises(FaultError, match="no answer within") as caught:
+            getattr(service, call)()
+        assert caught.value.fault.kind is FaultKind.TRANSIENT
+    assert account.waiting == 1, "those who come later wait for the same answer"
+    account.answers.set()
+    deadline = time.monotonic() + 10.0
+    while True:
+        with contextlib.suppress(FaultError):
+            getattr(service, call)()
+            break
+        assert time.monotonic() < deadline
     service.close()
-    assert asked == ["tokens.test"] * 4
-    assert len(asked) * (HOST_ADDRESSES * DEADLINE_S + SILENT_RESOLVER_S) < WATCHDOG_S
+
+
+def test_the_watchdog_waits_longer_than_any_lawful_silence() -> None:
+    client_calls = 3 * CALL_WAIT_S  # a token, the schema, the table's creation
+    last_request = 2 * DEADLINE_S + CALL_WAIT_S  # refused, and sent again with a new token
+    schema_again = CALL_WAIT_S
+    assert client_calls + GIVE_BACK_AFTER_S + last_request + schema_again < WATCHDOG_S

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from spool import SinkState, SpoolWriter, sink_path, spool_path
-from spool.recovery import LASTING_S, LASTING_STARTS
+from spool.setaside import LASTING_S, LASTING_STARTS
 from tests.harness import Program, wait_until
 from tests.test_spool_writer import look, new_reading
 from tests.torture import storage_faults

@@ -17,6 +17,7 @@ from spool import (
     NewReading,
     SinkState,
     SpoolWriter,
+    StorageFaultError,
     WrongEnvironmentError,
     spool_path,
 )
@@ -120,14 +121,21 @@ def test_a_read_error_that_passes_while_it_runs_sets_nothing_aside(
     assert found == epoch
 
 
-def test_damage_is_believed_at_once_where_no_mark_of_it_can_be_made(
+def test_damage_is_not_believed_while_no_mark_of_it_can_be_made(
     start: Start, stop: StopRequest, no_broker: str
 ) -> None:
     start.fill()
     start.damage_page()
-    (start.directory / "spool.db.suspected").mkdir()
-    with pytest.raises(CorruptFileError):
-        run_body(start, stop, no_broker)
+    mark = start.directory / "spool.db.suspected"
+    mark.mkdir()
+    for _ in range(2):
+        with pytest.raises(StorageFaultError, match="is damaged.*to note that in .*suspected"):
+            run_body(start, stop, no_broker)
+    assert start.damaged_files() == []
+    mark.rmdir()
+    for _ in range(2):
+        with pytest.raises(CorruptFileError):
+            run_body(start, stop, no_broker)
     assert len(start.damaged_files()) == 1
 
 

@@ -19,7 +19,7 @@ from spool import (
     sink_path,
     spool_path,
 )
-from spool.recovery import LASTING_S, LASTING_STARTS, SUSPICION_S, confirmed, lasting, readable
+from spool.setaside import LASTING_S, LASTING_STARTS, SUSPICION_S, confirmed, lasting, readable
 from spool.sinkrecovery import RESTORED
 from tests.test_spool_sinkstate import dead, row
 from tests.test_spool_writer import edit, look, new_reading
