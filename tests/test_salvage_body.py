@@ -129,7 +129,7 @@ def test_damage_is_not_believed_while_no_mark_of_it_can_be_made(
     mark = start.directory / "spool.db.suspected"
     mark.mkdir()
     for _ in range(2):
-        with pytest.raises(StorageFaultError, match="is damaged.*to note that in .*suspected"):
+        with pytest.raises(StorageFaultError, match=r"is damaged.*to note that in .*suspected"):
             run_body(start, stop, no_broker)
     assert start.damaged_files() == []
     mark.rmdir()
