@@ -155,6 +155,7 @@ class Store:
                 return False
             for generation, acks in group.acks:
                 self._acknowledge(generation, acks)
+        self._checkpoint()
         try:
             # First of all the pruning: on a full disk it makes the room that the others need.
             self._house.turn(self._writer)
@@ -167,6 +168,13 @@ class Store:
             self._house.more = False
         self._notices.flush()
         return True
+
+    def _checkpoint(self) -> None:
+        try:
+            self._writer.checkpoint_if_due()
+        except SpoolError as error:
+            # Until one succeeds, everything stays in the log, from where it is read as well.
+            self._notices.warn("checkpoint", f"the write-ahead log cannot be worked off: {error}")
 
     def _store_meta(self) -> None:
         while self._meta:

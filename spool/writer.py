@@ -31,6 +31,13 @@ CHECK_ROWS = 20_000
 REJECTED_PAYLOAD_BYTES = 64 * 1024
 """How much of a rejected payload is kept."""
 
+PAGES_OF_A_COMMIT = 4
+"""The last page of readings, the counters, the last seq, and what a prune changes."""
+
+ROWS_OF_A_PAGE = 12
+UNFORESEEN = 4
+"""So many times later SQLite makes the checkpoint itself, within a commit: payloads are larger."""
+
 _INSERT_READING = f"INSERT INTO reading_row ({READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
 _TOGETHER = 50
 _INSERT_TOGETHER = ",".join([_INSERT_READING, *["(?,?,?,?,?,?,?,?,?,?)"] * (_TOGETHER - 1)])
@@ -74,11 +81,16 @@ class SpoolWriter:
         self._conn = conn
         self._bell = bell
         self._along: tuple[int, int] | None = None
+        self._log_pages = 0
+        """About so many have been added to the write-ahead log since the last checkpoint."""
         self.path = path
         self.created = created
         """Whether this opening made the file (and its epoch)."""
         (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
         self._page_bytes = int(page_bytes)
+        (pages,) = conn.execute("PRAGMA wal_autocheckpoint").fetchone()
+        self._checkpoint_pages = int(pages)
+        conn.execute(f"PRAGMA wal_autocheckpoint={UNFORESEEN * self._checkpoint_pages}")
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
 
@@ -133,6 +145,7 @@ class SpoolWriter:
             self._conn.execute("BEGIN IMMEDIATE")
             yield self._conn
             self._conn.execute("COMMIT")
+            self._log_pages += PAGES_OF_A_COMMIT
         except sqlite3.Error as error:
             self._roll_back()
             raise translated(error, operation, self.path) from error
@@ -186,6 +199,7 @@ class SpoolWriter:
             conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
+        self._log_pages += len(readings) // ROWS_OF_A_PAGE
         if readings:
             self._bell.ring()
 
@@ -316,6 +330,23 @@ class SpoolWriter:
             self._conn.executescript(f"PRAGMA incremental_vacuum({pages})")
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
+
+    def checkpoint_if_due(self) -> None:
+        """Move the write-ahead log into the database, as far as readers allow, if it is long.
+
+        SQLite's own checkpoint takes place within a commit, and whoever waits for that commit to
+        be acknowledged waits for both. Call it after the acknowledgements.
+
+        Raises:
+            StorageFaultError: It did not work. Nothing is lost: what is in the log stays there.
+        """
+        if self._log_pages < self._checkpoint_pages:
+            return
+        self._log_pages = 0
+        try:
+            self._conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "checkpoint", self.path) from error
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database and cut it, as far as readers allow."""

@@ -382,6 +382,26 @@ def test_a_batch_of_any_size_is_numbered_in_the_order_given(
         assert conn.execute(kinds).fetchall() == [("blob", "blob")]
 
 
+def test_the_log_is_worked_off_when_that_is_due_and_in_no_commit(writer: SpoolWriter) -> None:
+    writer.checkpoint()
+    at_first = writer.path.stat().st_size
+    for number in range(200):
+        writer.append([new_reading(number, payload=b"x" * 400)], [], {"received": 1})
+        writer.checkpoint_if_due()
+    assert writer.path.stat().st_size == at_first, "not due"
+    for number in range(200, 300):
+        writer.append([new_reading(number, payload=b"x" * 400)], [], {"received": 1})
+    assert writer.path.stat().st_size == at_first, "no commit does it"
+    writer.checkpoint_if_due()
+    assert writer.path.stat().st_size > at_first
+
+
+def test_the_log_stays_bounded_where_payloads_are_large(writer: SpoolWriter) -> None:
+    for number in range(400):
+        writer.append([new_reading(number, payload=b"x" * 65_536)], [], {})
+    assert writer.wal_bytes() < 1.1 * 4_000 * 4_096
+
+
 def test_deleting_by_age_stops_at_the_first_that_is_younger(writer: SpoolWriter) -> None:
     ages = [10, 20, 99, 30, 40]
     writer.append([new_reading(n, received_us=age) for n, age in enumerate(ages)], [], {})

@@ -9,6 +9,7 @@ import collector.store
 from spool import (
     CorruptFileError,
     DiskFullError,
+    SpoolWriter,
     StorageFaultError,
     spool_path,
 )
@@ -201,6 +202,24 @@ def test_the_end_of_the_thread_leaves_no_log_behind(desk: Callable[..., Desk]) -
     assert d.store.finished
     assert d.writer.wal_bytes() == 0
     assert not d.stop.requested
+
+
+def test_the_log_is_worked_off_after_the_acknowledgement_and_its_failure_is_told(
+    desk: Callable[..., Desk], book: Logbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = desk()
+    acked_by_then = []
+
+    def failing(_: SpoolWriter) -> None:
+        acked_by_then.append(len(d.acked))
+        raise StorageFaultError("checkpoint failed: disk I/O error")
+
+    monkeypatch.setattr(SpoolWriter, "checkpoint_if_due", failing)
+    d.inbox.put(read(message(1)))
+    d.run()
+    assert acked_by_then[0] == 1
+    assert not d.stop.requested
+    assert book.values("the write-ahead log cannot be worked off")
 
 
 @pytest.mark.parametrize("durable_share", [0.0, 1.0])
