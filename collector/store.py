@@ -5,6 +5,7 @@ milliseconds for more (:mod:`collector.gather`).
 Between batches it keeps house: the sinks' progress, pruning, the limits, the ballast.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,6 +22,7 @@ from collector.validation import Validator
 from lifecycle import StopRequest, Watchdog, fields
 from spool import (
     ROW_OVERHEAD_BYTES,
+    CorruptFileError,
     DiskFullError,
     Level,
     NewReading,
@@ -172,6 +174,8 @@ class Store:
     def _checkpoint(self) -> None:
         try:
             self._writer.checkpoint_if_due()
+        except CorruptFileError:
+            raise
         except SpoolError as error:
             # Until one succeeds, everything stays in the log, from where it is read as well.
             self._notices.warn("checkpoint", f"the write-ahead log cannot be worked off: {error}")
@@ -297,7 +301,11 @@ class Store:
                     raise
                 time.sleep(ROOM_CHECK_S)
             else:
-                return
+                break
+        # The log must not take the room that the ballast has given: what is in it goes to the
+        # database, which may have free pages, and it begins anew.
+        with contextlib.suppress(SpoolError):
+            self._writer.checkpoint()
 
     def _forget_durable(self, group: _Group) -> None:
         """Take out of ``group`` what the failed commit did store after all."""

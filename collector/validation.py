@@ -120,11 +120,10 @@ class Validator:
         """
         try:
             return self._reading(message, identity, received_us)
-        except _Refused as error:
-            refusal = error
+        except _Refused as refusal:
+            return None, _rejection(message, received_us, refusal), False
         except (UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
-            refusal = _undecodable(error)
-        return None, _rejection(message, received_us, refusal.reason, refusal.detail), False
+            return None, _rejection(message, received_us, _undecodable(error)), False
 
     def _reading(
         self, message: Message, identity: bytes, received_us: int
@@ -267,11 +266,11 @@ def _reason_of(sentence: str) -> str:
     return Reason.BAD_FIELD if "`$." in sentence else Reason.NOT_OBJECT
 
 
-def _rejection(message: Message, received_us: int, reason: str, detail: str) -> Rejection:
+def _rejection(message: Message, received_us: int, refusal: _Refused) -> Rejection:
     return (
         received_us,
-        reason,
-        detail[:REJECTED_TEXT_CHARS],
+        refusal.reason,
+        refusal.detail[:REJECTED_TEXT_CHARS],
         message.topic.decode("utf-8", "backslashreplace")[:REJECTED_TEXT_CHARS],
         message.payload[:REJECTED_PAYLOAD_BYTES],
         message.size,

@@ -22,10 +22,10 @@ from spool import (
     set_aside,
 )
 
-WATCHDOG_S = 420.0
+WATCHDOG_S = 600.0
 """Above the longest lawful silence. A delivery to BigQuery may wait three times for what Google's
 client does (CALL_WAIT_S), look for guilty rows (GIVE_BACK_AFTER_S), send a last request twice, the
-second time with a new token, and read the table anew."""
+second time with a new token, and read or even make the table anew."""
 
 log = logging.getLogger("forwarder")
 

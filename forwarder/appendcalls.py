@@ -85,7 +85,7 @@ class AppendCalls:
         """
         before, self._columns = self._columns, ()
         try:
-            columns = self._service.read_columns()
+            columns = self._service.read_columns(fresh=bool(before))
         except FaultError as error:
             if error.fault.kind is FaultKind.HOLD:
                 self._changed_at = time.monotonic()

@@ -226,7 +226,7 @@ class InsertAllSink:
     def _schema_changed(self, columns: Sequence[Column]) -> bool:
         """Return whether the table no longer has the columns that were written."""
         try:
-            now = self._service.read_columns()
+            now = self._service.read_columns(fresh=True)
         except FaultError:
             self._columns = ()  # the next delivery reads it again and reports what is wrong
             return True

@@ -71,7 +71,7 @@ class TableService:
         self._connections: InsertConnections | None = None
         self._created_at = float("-inf")
         self._tables: SharedCall[bigquery.Table] = SharedCall("the table's schema")
-        self._creations: SharedCall[bigquery.Table] = SharedCall("the table's creation")
+        self._creations: SharedCall[None] = SharedCall("the table's creation")
         self._tokens: SharedCall[Mapping[str, str]] = SharedCall("an access token")
 
     def close(self) -> None:
@@ -128,8 +128,11 @@ class TableService:
                 raise FaultError(cannot_build(error)) from error
         return self._client
 
-    def read_columns(self) -> Sequence[Column]:
+    def read_columns(self, *, fresh: bool = False) -> Sequence[Column]:
         """Return the columns that the table and we both know; create the table if told to.
+
+        Args:
+            fresh: Whether what was asked before does not count, for the table may have changed.
 
         Raises:
             FaultError: The table cannot be read, or does not fit.
@@ -139,6 +142,7 @@ class TableService:
             table = self._tables.result(
                 lambda: client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s),
                 CALL_WAIT_S,
+                fresh=fresh,
             )
         except Exception as error:
             blame, fault = self.judge(error)
@@ -179,10 +183,7 @@ class TableService:
         )
         table.clustering_fields = list(CLUSTER_COLUMNS)
         try:
-            self._creations.result(
-                lambda: client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s),
-                CALL_WAIT_S,
-            )
+            self._creations.result(partial(self._make, client, table), CALL_WAIT_S)
         except Conflict:
             return self.read_columns()  # somebody else made it just now
         except Exception as error:
@@ -190,9 +191,12 @@ class TableService:
             if blame is Blame.ROWS:
                 fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
             raise FaultError(fault) from error
-        log.info("created the table", extra={"fields": {"table": self.table}})
-        self._created_at = time.monotonic()
         return COLUMNS
+
+    def _make(self, client: bigquery.Client, table: bigquery.Table) -> None:
+        client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s)
+        self._created_at = time.monotonic()
+        log.info("created the table", extra={"fields": {"table": self.table}})
 
     def judge(self, error: Exception) -> tuple[Blame, Fault]:
         """Return who has to act, and the fault to report. Raises what is not the service's."""

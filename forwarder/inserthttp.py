@@ -266,15 +266,17 @@ def dialled(addresses: Sequence[Address], ends_at: float) -> socket.socket:
     """
     first_error: OSError | None = None
     for number, (family, kind, protocol, _, place) in enumerate(by_turns(addresses), 1):
-        tried = socket.socket(family, kind, protocol)
+        tried = None
         try:
+            tried = socket.socket(family, kind, protocol)  # this kernel may not have the family
             _limit(tried, ends_at, among=1 if number == len(addresses) else 2)
             tried.connect(place)
+            _limit(tried, ends_at)
         except OSError as error:
-            tried.close()
+            if tried is not None:
+                tried.close()
             first_error = first_error or error
         else:
-            _limit(tried, ends_at)
             return tried
     raise first_error or OSError("the host has no address")
 

@@ -6,18 +6,23 @@ swallows everything, 25 minutes. Nobody who has to tell of his life may wait for
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
+KEPT_S = 60.0
+"""How long a success is kept that nobody waited for: longer than a forwarder's backoff."""
+
 
 class SharedCall(Generic[_T]):
     """One call at a time, in a thread of its own, for all who ask; may be asked by several threads.
 
-    Who gives up leaves the call running, and who asks before it has ended gets what it brings. So
-    threads do not pile up, and a call that takes longer than anybody waits is still of use.
+    Who gives up leaves the call running, and who asks next gets what it brings, even if it ended
+    in between. So threads do not pile up, and a call that takes longer than anybody waits is still
+    of use.
 
     Args:
         name: What is called, for the error and the thread.
@@ -25,37 +30,59 @@ class SharedCall(Generic[_T]):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._beginning = threading.Lock()
-        self._call: Future[_T] | None = None
+        self._lock = threading.Lock()
+        self._call: Future[_T] = Future()
+        self._call.cancel()  # there is none yet
+        self._number = 0
+        self._kept_until = 0.0
 
-    def result(self, work: Callable[[], _T], timeout_s: float) -> _T:
+    def result(self, work: Callable[[], _T], timeout_s: float, *, fresh: bool = False) -> _T:
         """Return what ``work`` returns, or what the call brings that was begun before.
 
         Args:
             work: What to call; in effect the same each time.
             timeout_s: How long to wait for it.
+            fresh: Whether the call must have begun after this question.
 
         Raises:
             TimeoutError: It is not over in time, and goes on.
             Exception: What it raises.
         """
-        with self._beginning:
-            call = self._call
-            if call is None or call.done():
-                call = self._call = Future()
-                threading.Thread(
-                    target=_make, args=(call, work), name=self._name, daemon=True
-                ).start()
-        try:
-            return call.result(max(0.0, timeout_s))
-        except TimeoutError:
-            if call.done():  # at the last moment, or it is its own error
+        ends_at = time.monotonic() + timeout_s
+        with self._lock:
+            wanted = self._number + (1 if fresh or not self._of_use() else 0)
+        while True:
+            with self._lock:
+                if self._number < wanted and self._call.done():
+                    self._begin(work)
+                call, number = self._call, self._number
+            try:
+                call.exception(max(0.0, ends_at - time.monotonic()))
+            except TimeoutError:
+                if not call.done():
+                    raise TimeoutError(
+                        f"{self._name}: no answer within {timeout_s:.0f} s"
+                    ) from None
+            if number >= wanted:
+                self._kept_until = 0.0
                 return call.result()
-            raise TimeoutError(f"{self._name}: no answer within {timeout_s:.0f} s") from None
 
+    def _of_use(self) -> bool:
+        return not self._call.done() or time.monotonic() < self._kept_until
 
-def _make(call: "Future[_T]", work: Callable[[], _T]) -> None:
-    try:
-        call.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - it is for those who wait
-        call.set_exception(error)
+    def _begin(self, work: Callable[[], _T]) -> None:
+        self._call = Future()
+        self._kept_until = 0.0
+        self._number += 1
+        threading.Thread(
+            target=self._make, args=(self._call, work), name=self._name, daemon=True
+        ).start()
+
+    def _make(self, call: "Future[_T]", work: Callable[[], _T]) -> None:
+        try:
+            brought = work()
+        except BaseException as error:  # noqa: BLE001 - it is for those who wait
+            call.set_exception(error)
+        else:
+            self._kept_until = time.monotonic() + KEPT_S
+            call.set_result(brought)

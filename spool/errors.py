@@ -86,7 +86,8 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     if code in _READ_FAILED:
         return UnreadableFileError(
             f"{what}; the disk cannot read it: dmesg | tail; smartctl -x DEVICE. If that does not "
-            "pass, its owner sets the file aside by itself after some minutes of restarts",
+            "pass, its owner sets the file aside by itself after some minutes of restarts; if its "
+            "owner has not met it: supervisorctl restart collector",
             path,
         )
     return StorageFaultError(

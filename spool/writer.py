@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from spool.bell import Bell
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
-from spool.records import READING_COLUMNS, NewReading, Rejection
+from spool.records import PAYLOAD, READING_COLUMNS, NewReading, Rejection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,14 +33,21 @@ REJECTED_PAYLOAD_BYTES = 64 * 1024
 """How much of a rejected payload is kept."""
 
 PAGES_OF_A_COMMIT = 4
-"""The last page of readings, the counters, the last seq, and what a prune changes."""
+"""The last page of readings, the counters, the last seq."""
 
-ROWS_OF_A_PAGE = 12
-UNFORESEEN = 4
-"""So many times later SQLite makes the checkpoint itself, within a commit: payloads are larger."""
+BYTES_OF_A_ROW = 160
+"""What a reading takes besides its payload."""
+
+ROWS_OF_A_DELETED_PAGE = 8
+UNFORESEEN = 1.5
+"""So many times later SQLite makes the checkpoint itself, within a commit: the log must not become
+much longer than it is meant to be, for on a full disk its room is somebody else's."""
 
 _INSERT_READING = f"INSERT INTO reading_row ({READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
+_payload = itemgetter(PAYLOAD - 1)  # of a NewReading
 _TOGETHER = 50
+"""Readings of one INSERT."""
+
 _INSERT_TOGETHER = ",".join([_INSERT_READING, *["(?,?,?,?,?,?,?,?,?,?)"] * (_TOGETHER - 1)])
 _INSERT_REJECTED = (
     "INSERT INTO rejected_row (received_us, reason, detail, topic, payload, payload_bytes, qos, "
@@ -81,8 +89,6 @@ class SpoolWriter:
         self._conn = conn
         self._bell = bell
         self._along: tuple[int, int] | None = None
-        self._log_pages = 0
-        """About so many have been added to the write-ahead log since the last checkpoint."""
         self.path = path
         self.created = created
         """Whether this opening made the file (and its epoch)."""
@@ -90,7 +96,9 @@ class SpoolWriter:
         self._page_bytes = int(page_bytes)
         (pages,) = conn.execute("PRAGMA wal_autocheckpoint").fetchone()
         self._checkpoint_pages = int(pages)
-        conn.execute(f"PRAGMA wal_autocheckpoint={UNFORESEEN * self._checkpoint_pages}")
+        conn.execute(f"PRAGMA wal_autocheckpoint={int(UNFORESEEN * self._checkpoint_pages)}")
+        self._log_pages = self.wal_bytes() // self._page_bytes
+        """About so many have been added to the write-ahead log since the last checkpoint."""
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
 
@@ -189,7 +197,8 @@ class SpoolWriter:
             if along is not None:
                 # Before the new rows, which then take the pages that these leave.
                 seq, older_than_us = along
-                _delete(conn, seq, "pruned", older_than_us)
+                deleted = _delete(conn, seq, "pruned", older_than_us)
+                self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             if readings:
                 _insert_readings(conn, readings)
             dropped = _insert_rejections(conn, rejections) if rejections else 0
@@ -199,7 +208,8 @@ class SpoolWriter:
             conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
-        self._log_pages += len(readings) // ROWS_OF_A_PAGE
+        size = sum(map(len, map(_payload, readings))) + sum(len(r[4]) for r in rejections)
+        self._log_pages += (size + BYTES_OF_A_ROW * len(readings)) // self._page_bytes
         if readings:
             self._bell.ring()
 
@@ -233,7 +243,9 @@ class SpoolWriter:
             older_than_us: If given, only those received before this time.
         """
         with self._transaction("delete") as conn:
-            return _delete(conn, seq, counter, older_than_us)
+            deleted = _delete(conn, seq, counter, older_than_us)
+            self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
+            return deleted
 
     def prune_along(self, seq: int, older_than_us: int) -> None:
         """Have the next :meth:`append` do what :meth:`delete_through` does, in its transaction.

@@ -21,6 +21,7 @@ from forwarder.inserthttp import (
     Route,
     UnsupportedProxyError,
     by_turns,
+    dialled,
 )
 from tests.fakes.http1 import HOST, Reply, Request
 from tests.fakes.relay import Proxy, Relay
@@ -313,6 +314,21 @@ def test_a_silent_address_leaves_time_for_the_next(
     Resolver(monkeypatch, [silent, (HOST, service.server.port)]).may_answer.set()
     with connected(Route("http://service.test/insertAll")) as connections:
         assert connections.post(BODY, PATIENCE_S) == OK
+
+
+def test_a_family_that_the_kernel_lacks_is_passed_over(service: Service) -> None:
+    none = socket.AF_APPLETALK if hasattr(socket, "AF_APPLETALK") else 5
+    with socket.socket() as closed:
+        closed.bind((HOST, 0))
+        refusing = closed.getsockname()
+        stream = socket.SOCK_STREAM
+        unknown: Address = (socket.AddressFamily(none), stream, 0, "", refusing)
+        there: Address = (socket.AF_INET, stream, 0, "", (HOST, service.server.port))
+        away: Address = (socket.AF_INET, stream, 0, "", refusing)
+        ends_at = time.monotonic() + PATIENCE_S
+        dialled([away, unknown, there], ends_at).close()
+        with pytest.raises(ConnectionRefusedError):
+            dialled([away, unknown], ends_at)
 
 
 def test_the_two_families_of_addresses_take_turns() -> None:

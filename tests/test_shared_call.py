@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import forwarder.sharedcall
 from forwarder.sharedcall import SharedCall
 
 
@@ -61,15 +62,52 @@ def test_who_gives_up_leaves_the_call_to_the_next_and_starts_no_thread() -> None
     assert shared.result(far, 10.0) in {1, 2}
 
 
-def test_an_outcome_that_nobody_waited_for_is_not_kept() -> None:
-    far, shared = Far(), SharedCall[int]("it")
+def late(shared: SharedCall[int], far: Far) -> None:
+    """Have a call end after everybody has given up."""
     with pytest.raises(TimeoutError):
         shared.result(far, 0.01)
     far.may_answer.set()
     deadline = time.monotonic() + 10.0
-    while threading.active_count() > 1 and any(t.name == "it" for t in threading.enumerate()):
+    while any(thread.name == "it" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
+
+
+def test_a_success_that_nobody_waited_for_is_the_next_ones_and_his_alone() -> None:
+    far, shared = Far(), SharedCall[int]("it")
+    late(shared, far)
+    assert [shared.result(far, 10.0) for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_success_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder.sharedcall, "KEPT_S", 0.0)
+    far, shared = Far(), SharedCall[int]("it")
+    late(shared, far)
     assert shared.result(far, 10.0) == 2
+
+
+def test_who_wants_a_fresh_answer_gets_none_of_before() -> None:
+    far, shared = Far(), SharedCall[int]("it")
+    late(shared, far)
+    assert shared.result(far, 10.0, fresh=True) == 2
+    far.may_answer.clear()
+    far.begun.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(shared.result, far, 10.0)
+        assert far.begun.wait(10.0)
+        with pytest.raises(TimeoutError):
+            shared.result(far, 0.01, fresh=True)
+        assert far.calls == 3, "one at a time"
+        far.may_answer.set()
+        assert running.result() == 3
+    assert shared.result(far, 10.0, fresh=True) == 4
+
+
+def test_a_failure_that_nobody_waited_for_is_not_kept() -> None:
+    far, shared = Far(), SharedCall[int]("it")
+    with pytest.raises(ValueError, match="no"):
+        shared.result(failing(ValueError("no")), 10.0)
+    far.may_answer.set()
+    assert shared.result(far, 10.0) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("its own"), SystemExit(3)])

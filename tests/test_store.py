@@ -222,6 +222,21 @@ def test_the_log_is_worked_off_after_the_acknowledgement_and_its_failure_is_told
     assert book.values("the write-ahead log cannot be worked off")
 
 
+def test_damage_that_the_log_meets_ends_the_program_after_the_acknowledgement(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = desk()
+
+    def failing(writer: SpoolWriter) -> None:
+        raise CorruptFileError("checkpoint failed: malformed", writer.path)
+
+    monkeypatch.setattr(SpoolWriter, "checkpoint_if_due", failing)
+    d.inbox.put(read(message(1)))
+    with pytest.raises(CorruptFileError):
+        d.run()
+    assert d.acked == [(1, [(1, 1)])]
+
+
 @pytest.mark.parametrize("durable_share", [0.0, 1.0])
 def test_a_failed_commit_is_never_acknowledged_and_ends_the_program(
     desk: Callable[..., Desk], durable_share: float

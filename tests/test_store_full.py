@@ -10,6 +10,8 @@ from collector.packets import Message
 from spool import (
     DiskFullError,
     Level,
+    SpoolReader,
+    SpoolWriter,
     spool_path,
 )
 from tests.collector_parts import (
@@ -289,6 +291,29 @@ def test_a_stop_while_not_even_opening_finds_room_is_clean(
     assert d.rows() == []
     assert d.store.failure is None
     assert book.levels("ends while the disk is full") == ["WARNING"]
+
+
+def test_after_a_full_disk_the_log_begins_anew(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    script.faults.append(disk_full())
+    d = desk(script=script)
+    pages: list[int] = []
+    cut = SpoolWriter.checkpoint
+
+    def counted(writer: SpoolWriter) -> None:
+        pages.append(writer.wal_bytes())
+        cut(writer)
+        pages.append(writer.wal_bytes())
+
+    monkeypatch.setattr(SpoolWriter, "checkpoint", counted)
+    reader = SpoolReader.open(d.directory)  # or the reopening works the log off
+    d.inbox.put(read(message(1)))
+    d.run()
+    reader.close()
+    assert len(pages) == 4, "once after the reopening, once at the end"
+    assert pages[0] > pages[1] == 0
 
 
 def test_opening_is_tried_again_until_there_is_room(desk: Callable[..., Desk]) -> None:

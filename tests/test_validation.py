@@ -1,5 +1,6 @@
 """Every message becomes a reading or a rejection with its reason, and never an exception."""
 
+import gc
 import json
 import math
 import re
@@ -227,6 +228,35 @@ def test_a_flood_of_topics_is_not_remembered(monkeypatch: pytest.MonkeyPatch) ->
     topics = validator._topics  # noqa: SLF001 - the bound of this very table is the claim
     assert len(topics) <= 10
     assert sum(map(len, topics)) < 10 * 600
+
+
+@pytest.mark.parametrize(
+    ("payload", "topic", "size"),
+    [
+        (made(timestamp="yesterday"), TOPIC, None),
+        (made(sensor_id=""), TOPIC, None),
+        (GOOD, b"elsewhere", None),
+        (GOOD, b"\xff", None),
+        (GOOD, TOPIC, 10**9),
+        (b"", TOPIC, None),
+        (b"\xff", TOPIC, None),
+        (b"{", TOPIC, None),
+        (b"{}", TOPIC, None),
+        (b"[" * 100_000, TOPIC, None),
+    ],
+    ids=range(10),
+)
+def test_a_refused_message_is_let_go_of_at_once(
+    payload: bytes, topic: bytes, size: int | None
+) -> None:
+    assert reason_for(payload, topic, size=size)
+    gc.collect()
+    gc.disable()
+    try:
+        reason_for(payload, topic, size=size)
+        assert gc.collect() == 0, "what refers to itself stays until somebody looks for it"
+    finally:
+        gc.enable()
 
 
 def test_a_sites_mismatch_is_taken_or_refused_as_set() -> None:

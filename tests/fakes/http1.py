@@ -112,9 +112,9 @@ class HttpServer:
                     self._threads.discard(threading.current_thread())
 
         thread = threading.Thread(target=run, name="fake-http", daemon=True)
-        with self._lock:
+        with self._lock:  # stop() joins what it finds, and that must have begun
             self._threads.add(thread)
-        thread.start()
+            thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
         with listener:
