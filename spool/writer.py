@@ -340,7 +340,7 @@ class SpoolWriter:
             pages = max(1, max_bytes // self._page_bytes)
             # It frees one page a step, and execute() makes one step only where no columns come.
             self._conn.executescript(f"PRAGMA incremental_vacuum({pages})")
-            self._log_pages += pages
+            self._log_pages += pages // 8  # it writes what points to them
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
 
