@@ -269,7 +269,7 @@ def test_space_is_handed_back_in_small_steps_while_readings_come(
         house.turn(plant.writer)
         assert not house.more
     assert returned == [4], "not with every batch"
-    plant.clock.now_s += RETURN_SPACE_BUSY_INTERVAL_S
+    plant.clock.now_s += 1.01 * RETURN_SPACE_BUSY_INTERVAL_S  # of floats
     plant.come(1)
     house.turn(plant.writer)
     assert returned == [4, 4]
