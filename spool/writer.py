@@ -365,6 +365,7 @@ class SpoolWriter:
         """Move the write-ahead log into the database and cut it, as far as readers allow."""
         try:
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._log_pages = 0
         except sqlite3.Error as error:
             raise translated(error, "checkpoint", self.path) from error
 

@@ -62,14 +62,19 @@ def test_who_gives_up_leaves_the_call_to_the_next_and_starts_no_thread() -> None
     assert shared.result(far, 10.0) in {1, 2}
 
 
+def end_of_calls() -> None:
+    """Wait until no call is running."""
+    deadline = time.monotonic() + 10.0
+    while any(thread.name == "it" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+
+
 def late(shared: SharedCall[int], far: Far) -> None:
     """Have a call end after everybody has given up."""
     with pytest.raises(TimeoutError):
         shared.result(far, 0.01)
     far.may_answer.set()
-    deadline = time.monotonic() + 10.0
-    while any(thread.name == "it" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
+    end_of_calls()
 
 
 def test_a_success_that_nobody_waited_for_is_the_next_ones_and_his_alone() -> None:
@@ -100,6 +105,17 @@ def test_who_wants_a_fresh_answer_gets_none_of_before() -> None:
         far.may_answer.set()
         assert running.result() == 3
     assert shared.result(far, 10.0, fresh=True) == 4
+
+
+def test_what_was_kept_is_outdated_by_a_later_call() -> None:
+    far, shared = Far(), SharedCall[int]("it")
+    late(shared, far)
+    slow = Far()
+    with pytest.raises(TimeoutError):  # a later one, which nobody waits for, and which fails
+        shared.result(lambda: slow() and 1 // 0, 0.01, fresh=True)
+    slow.may_answer.set()
+    end_of_calls()
+    assert shared.result(far, 10.0) == 2
 
 
 def test_a_failure_that_nobody_waited_for_is_not_kept() -> None:

@@ -8,6 +8,7 @@ import pytest
 from google.cloud import bigquery
 
 from forwarder.bigquery import REQUEST_MAX_ROWS, InsertAllSink
+from forwarder.bqservice import TableService
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import COLUMNS
 from lifecycle import load_settings
@@ -147,6 +148,25 @@ def test_a_column_that_is_dropped_while_requests_run_kills_no_row(
         todo = delivery.retry
     assert todo == []
     assert {row["seq"] for row in fake.rows(TABLE)} == set(range(1, rows + 1))
+
+
+def test_refused_rows_are_judged_by_a_table_that_is_read_after_the_refusal(
+    fake: FakeBigQuery, sink: InsertAllSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.create_table(TABLE)
+    good, last = readings(2)
+    assert sink.deliver([good]) == Delivery()
+    asked: list[bool] = []
+    read = TableService.read_columns
+
+    def watched(service: TableService, *, fresh: bool = False) -> object:
+        asked.append(fresh)
+        return read(service, fresh=fresh)
+
+    monkeypatch.setattr(TableService, "read_columns", watched)
+    ancient = (last[0], last[1], last[2], 0, *last[4:])
+    assert len(sink.deliver([ancient, good]).dead) == 1
+    assert asked == [True]
 
 
 def test_a_required_column_that_is_added_while_it_runs_is_a_hold(

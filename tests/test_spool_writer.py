@@ -417,6 +417,18 @@ def test_the_log_stays_bounded_while_readings_leave(
     assert writer.wal_bytes() < 1.6 * 1_000 * 4_120
 
 
+def test_readings_that_leave_make_the_log_longer(writer: SpoolWriter) -> None:
+    for _ in range(16):
+        writer.append([new_reading(number) for number in range(500)], [], {})
+    writer.checkpoint()
+    said: list[str] = []
+    writer._conn.set_trace_callback(said.append)  # noqa: SLF001 - the log itself tells nobody
+    for seq in range(800, 8_800, 800):
+        writer.delete_through(seq, "pruned")
+    writer.checkpoint_if_due()
+    assert any("wal_checkpoint(PASSIVE)" in statement for statement in said)
+
+
 def test_a_long_log_is_known_when_the_spool_is_opened_again(writer: SpoolWriter) -> None:
     for number in range(250):
         writer.append([new_reading(number, payload=b"x" * 16_384)], [], {})
