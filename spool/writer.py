@@ -13,7 +13,8 @@ from spool.bell import Bell
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
-from spool.records import PAYLOAD, READING_COLUMNS, NewReading, Rejection
+from spool.insertion import insert_readings
+from spool.records import PAYLOAD, NewReading, Rejection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,12 +44,7 @@ UNFORESEEN = 1.5
 """So many times later SQLite makes the checkpoint itself, within a commit: the log must not become
 much longer than it is meant to be, for on a full disk its room is somebody else's."""
 
-_INSERT_READING = f"INSERT INTO reading_row ({READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
 _payload = itemgetter(PAYLOAD - 1)  # of a NewReading
-_TOGETHER = 50
-"""Readings of one INSERT."""
-
-_INSERT_TOGETHER = ",".join([_INSERT_READING, *["(?,?,?,?,?,?,?,?,?,?)"] * (_TOGETHER - 1)])
 _INSERT_REJECTED = (
     "INSERT INTO rejected_row (received_us, reason, detail, topic, payload, payload_bytes, qos, "
     "retained) VALUES (?,?,?,?,?,?,?,?)"
@@ -200,7 +196,7 @@ class SpoolWriter:
                 deleted = _delete(conn, seq, "pruned", older_than_us)
                 self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             if readings:
-                _insert_readings(conn, readings)
+                insert_readings(conn, readings)
             dropped = _insert_rejections(conn, rejections) if rejections else 0
             conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             if dropped:
@@ -409,38 +405,6 @@ def _delete(conn: sqlite3.Connection, seq: int, counter: str, older_than_us: int
         if counter == "dropped":
             conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
     return deleted
-
-
-def _insert_readings(conn: sqlite3.Connection, readings: Sequence[NewReading]) -> None:
-    """Insert in the order given.
-
-    A statement for each costs nearly twice as much: for each the module lets go of the
-    interpreter's lock, and SQLite looks up and notes the last seq.
-    """
-    together = len(readings) - len(readings) % _TOGETHER
-    for start in range(0, together, _TOGETHER):
-        conn.execute(_INSERT_TOGETHER, _parameters(readings[start : start + _TOGETHER]))
-    conn.executemany(_INSERT_READING, readings[together:])
-
-
-def _parameters(readings: Sequence[NewReading]) -> list[object]:
-    """Return all columns of all ``readings`` in one list."""
-    flat: list[object] = []
-    for identity, received, timestamp, site, sensor, tag, value, topic, payload, crc in readings:
-        # For bytes the module looks for an adapter, twice in vain and each time at 0.2 µs; for
-        # a bytearray it does not (need_adapt() in CPython's cursor.c), and stores the same.
-        names = (site, sensor, tag)
-        flat += (
-            bytearray(identity),
-            received,
-            timestamp,
-            *names,
-            value,
-            topic,
-            bytearray(payload),
-            crc,
-        )
-    return flat
 
 
 def _insert_rejections(conn: sqlite3.Connection, rejections: Sequence[Rejection]) -> int:
