@@ -71,12 +71,12 @@ class SharedCall(Generic[_T]):
         return not self._call.done() or time.monotonic() < self._kept_until
 
     def _begin(self, work: Callable[[], _T]) -> None:
-        self._call = Future()
+        call: Future[_T] = Future()
         self._kept_until = 0.0
+        threading.Thread(target=self._make, args=(call, work), name=self._name, daemon=True).start()
+        # Only now: a thread that could not be started would be waited for for ever.
+        self._call = call
         self._number += 1
-        threading.Thread(
-            target=self._make, args=(self._call, work), name=self._name, daemon=True
-        ).start()
 
     def _make(self, call: "Future[_T]", work: Callable[[], _T]) -> None:
         try:

@@ -55,6 +55,7 @@ from spool.errors import (
 )
 from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
+from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
 from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
@@ -72,7 +73,7 @@ from spool.retention import Pruner, Retention
 from spool.setaside import confirmed, lasting, readable, set_aside
 from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
-from spool.writer import REJECTED_PAYLOAD_BYTES, SpoolWriter
+from spool.writer import SpoolWriter
 
 __all__ = [
     "REJECTED_PAYLOAD_BYTES",

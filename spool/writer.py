@@ -13,7 +13,7 @@ from spool.bell import Bell
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
 from spool.files import SIDE_SUFFIXES, spool_path
-from spool.insertion import insert_readings
+from spool.insertion import ADD_COUNTER, insert_readings, insert_rejections
 from spool.records import PAYLOAD, NewReading, Rejection
 
 if TYPE_CHECKING:
@@ -23,15 +23,8 @@ if TYPE_CHECKING:
 
 SPOOL_FORMAT = 1
 
-REJECTED_KEPT_ROWS = 10_000
-REJECTED_KEPT_BYTES = 32 * 1024 * 1024
-"""The ring of rejected messages: whichever limit is reached first drops the oldest."""
-
 CHECK_ROWS = 20_000
 """More than any sink reads at once."""
-
-REJECTED_PAYLOAD_BYTES = 64 * 1024
-"""How much of a rejected payload is kept."""
 
 PAGES_OF_A_COMMIT = 4
 """The last page of readings, the counters, the last seq."""
@@ -45,18 +38,6 @@ UNFORESEEN = 1.5
 much longer than it is meant to be, for on a full disk its room is somebody else's."""
 
 _payload = itemgetter(PAYLOAD - 1)  # of a NewReading
-_INSERT_REJECTED = (
-    "INSERT INTO rejected_row (received_us, reason, detail, topic, payload, payload_bytes, qos, "
-    "retained) VALUES (?,?,?,?,?,?,?,?)"
-)
-_COUNT_REASON = (
-    "INSERT INTO rejected_total (reason, count, first_us, last_us) VALUES (?1, 1, ?2, ?2) "
-    "ON CONFLICT (reason) DO UPDATE SET count = count + 1, last_us = excluded.last_us"
-)
-_ADD_COUNTER = (
-    "INSERT INTO counter (name, value) VALUES (?, ?) "
-    "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
-)
 _SET_META = (
     "INSERT INTO meta (key, value) VALUES (?, ?) "
     "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
@@ -197,10 +178,10 @@ class SpoolWriter:
                 self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             if readings:
                 insert_readings(conn, readings)
-            dropped = _insert_rejections(conn, rejections) if rejections else 0
-            conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
+            dropped = insert_rejections(conn, rejections) if rejections else 0
+            conn.executemany(ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             if dropped:
-                conn.execute(_ADD_COUNTER, ("rejected_dropped", dropped))
+                conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
             conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
@@ -401,35 +382,7 @@ def _delete(conn: sqlite3.Connection, seq: int, counter: str, older_than_us: int
         parameters = (seq, seq, older_than_us, seq + 1)
     deleted = conn.execute(sql, parameters).rowcount
     if deleted:
-        conn.execute(_ADD_COUNTER, (counter, deleted))
+        conn.execute(ADD_COUNTER, (counter, deleted))
         if counter == "dropped":
             conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
     return deleted
-
-
-def _insert_rejections(conn: sqlite3.Connection, rejections: Sequence[Rejection]) -> int:
-    """Insert into the ring and return how many old ones it dropped."""
-    conn.executemany(_INSERT_REJECTED, rejections)
-    conn.executemany(_COUNT_REASON, [(r[1], r[0]) for r in rejections])
-    added = sum(len(r[4]) for r in rejections)
-    (kept_bytes,) = conn.execute(
-        f"{_ADD_COUNTER} RETURNING value", ("rejected_kept_bytes", added)
-    ).fetchone()
-    first, last = conn.execute("SELECT min(id), max(id) FROM rejected_row").fetchone()
-    keep_from = last - REJECTED_KEPT_ROWS + 1
-    if kept_bytes > REJECTED_KEPT_BYTES:
-        # The running sum from the newest down says where the limit is crossed.
-        (by_bytes,) = conn.execute(
-            "SELECT coalesce(max(id), 0) + 1 FROM (SELECT id, sum(length(payload)) OVER "
-            "(ORDER BY id DESC) AS total FROM rejected_row) WHERE total > ?",
-            (REJECTED_KEPT_BYTES,),
-        ).fetchone()
-        keep_from = max(keep_from, min(by_bytes, last))
-    if keep_from <= first:
-        return 0
-    (freed,) = conn.execute(
-        "SELECT coalesce(sum(length(payload)), 0) FROM rejected_row WHERE id < ?", (keep_from,)
-    ).fetchone()
-    dropped = conn.execute("DELETE FROM rejected_row WHERE id < ?", (keep_from,)).rowcount
-    conn.execute(_ADD_COUNTER, ("rejected_kept_bytes", -freed))
-    return dropped

@@ -118,6 +118,22 @@ def test_what_was_kept_is_outdated_by_a_later_call() -> None:
     assert shared.result(far, 10.0) == 2
 
 
+def test_a_thread_that_cannot_be_started_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far, shared = Far(), SharedCall[int]("it")
+    far.may_answer.set()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            shared.result(far, 0.01)
+    assert shared.result(far, 1.0) == 1
+
+
 def test_a_failure_that_nobody_waited_for_is_not_kept() -> None:
     far, shared = Far(), SharedCall[int]("it")
     with pytest.raises(ValueError, match="no"):

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-import spool.writer
+import spool.insertion
 from spool import (
     DeadLetter,
     Gap,
@@ -35,7 +35,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.reader = SpoolReader.open(self.directory)
         self.states = {sink: SinkState.open(self.directory, sink) for sink in SINKS}
         self.files = {sink: SinkFile(self.directory, sink, enabled=True) for sink in SINKS}
-        self.kept_rows = spool.writer.REJECTED_KEPT_ROWS
+        self.kept_rows = spool.insertion.REJECTED_KEPT_ROWS
         # The model.
         self.rows: list[tuple[int, bytes]] = []
         self.given = 0
@@ -48,7 +48,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.pruned = self.dropped = 0
 
     def teardown(self) -> None:
-        spool.writer.REJECTED_KEPT_ROWS = self.kept_rows
+        spool.insertion.REJECTED_KEPT_ROWS = self.kept_rows
         self.writer.close()
         self.reader.close()
         for state in self.states.values():
@@ -71,7 +71,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.rejected += range(self.rejected_given, self.rejected_given + rejected)
         self.rejected_given += rejected
         if rejected:
-            self.rejected = self.rejected[-spool.writer.REJECTED_KEPT_ROWS :]
+            self.rejected = self.rejected[-spool.insertion.REJECTED_KEPT_ROWS :]
 
     @rule(sink=st.sampled_from(SINKS), rows=st.integers(1, 6), size=st.sampled_from([1, 10**6]))
     def read(self, sink: str, rows: int, size: int) -> None:
@@ -136,7 +136,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @rule(rows=st.integers(1, 12))
     def change_the_rings_limit(self, rows: int) -> None:
-        spool.writer.REJECTED_KEPT_ROWS = rows
+        spool.insertion.REJECTED_KEPT_ROWS = rows
 
     @rule()
     def return_space(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import spool.writer
+import spool.insertion
 from spool import (
     CorruptFileError,
     FileMissingError,
@@ -310,7 +310,7 @@ def test_counters_add_up_over_batches(writer: SpoolWriter) -> None:
 def test_the_ring_keeps_the_newest_rows_and_counts_what_it_drops(
     writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool.writer, "REJECTED_KEPT_ROWS", 10)
+    monkeypatch.setattr(spool.insertion, "REJECTED_KEPT_ROWS", 10)
     for n in range(7):
         writer.append([], [rejection(b"%d" % (4 * n + i)) for i in range(4)], {"rejected": 4})
     kept = [int(str(p)) for (p,) in look(writer.path, "SELECT payload FROM rejected ORDER BY id")]
@@ -323,7 +323,7 @@ def test_the_ring_keeps_the_newest_rows_and_counts_what_it_drops(
 def test_the_ring_is_bounded_in_bytes_and_its_sum_stays_true(
     writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool.writer, "REJECTED_KEPT_BYTES", 1000)
+    monkeypatch.setattr(spool.insertion, "REJECTED_KEPT_BYTES", 1000)
     for n in range(30):
         writer.append([], [rejection(bytes(17 * n % 300))] * 3, {})
         ((rows, size),) = look(
@@ -337,7 +337,7 @@ def test_the_ring_is_bounded_in_bytes_and_its_sum_stays_true(
 def test_one_rejected_message_above_the_rings_limit_is_still_kept(
     writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool.writer, "REJECTED_KEPT_BYTES", 10)
+    monkeypatch.setattr(spool.insertion, "REJECTED_KEPT_BYTES", 10)
     writer.append([], [rejection(b"a"), rejection(b"b" * 50)], {})
     assert look(writer.path, "SELECT payload_bytes FROM rejected") == [(50,)]
 
