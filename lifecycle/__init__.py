@@ -10,6 +10,7 @@ from lifecycle.exitcodes import ExitCode
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields, printable
 from lifecycle.program import Program, leave, run
+from lifecycle.rate_limited_log import RateLimitedLog
 from lifecycle.settings import Settings, SettingsError, load_settings
 from lifecycle.shutdown import StopRequest
 from lifecycle.watchdog import Watchdog
@@ -20,6 +21,7 @@ __all__ = [
     "ExitCode",
     "InstanceLock",
     "Program",
+    "RateLimitedLog",
     "Settings",
     "SettingsError",
     "StopRequest",

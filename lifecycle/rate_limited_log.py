@@ -1,17 +1,17 @@
-"""Warnings that a flood of bad messages cannot turn into a flood of log lines."""
+"""Log lines of which a flood of bad messages makes only one a minute and kind."""
 
 import logging
 import time
 from collections.abc import Callable
 
-from lifecycle import fields
+from lifecycle.logs import fields
 
-NOTICE_INTERVAL_S = 60.0
-NOTICE_KEYS_MAX = 200
-"""How many different notices are told apart at a time."""
+INTERVAL_S = 60.0
+KEYS_MAX = 200
+"""How many kinds are told apart at a time."""
 
 
-class Notices:
+class RateLimitedLog:
     """Logs the first of each kind at once, then how many more there were, once a minute."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
@@ -23,10 +23,10 @@ class Notices:
     def warn(self, key: str, message: str, **values: object) -> None:
         """Log ``message``, unless a notice with this key was logged within the interval."""
         now = self._clock()
-        if key not in self._last and len(self._last) >= NOTICE_KEYS_MAX:
+        if key not in self._last and len(self._last) >= KEYS_MAX:
             key = "other"
         last = self._last.get(key)
-        if last is not None and now - last < NOTICE_INTERVAL_S:
+        if last is not None and now - last < INTERVAL_S:
             self._more[key] = self._more.get(key, 0) + 1
             return
         self._last[key] = now
@@ -39,7 +39,7 @@ class Notices:
         """Tell of what was held back for longer than the interval."""
         now = self._clock()
         for key, count in list(self._more.items()):
-            if now - self._last[key] >= NOTICE_INTERVAL_S:
+            if now - self._last[key] >= INTERVAL_S:
                 self._last[key] = now
                 del self._more[key]
                 self._log.warning(
