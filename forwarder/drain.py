@@ -17,6 +17,7 @@ from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.batch import Batch, Checked, check, find_gaps
+from forwarder.dead_letters import DeadLetterWatch
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
@@ -111,6 +112,7 @@ class Drain:
         self._resume_through = 0
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
+        self._letters = DeadLetterWatch(sink.name, state, clock)
         self._deaf = ""
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
@@ -133,11 +135,12 @@ class Drain:
             self._reader.close()
 
     def _loop(self) -> None:
-        self._set_status("delivering", "")
+        self._set_status("delivering", self._letters.notice())
         last_row_at = float("-inf")
         checked_at = float("-inf")
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
+            self._letters.flush()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -211,7 +214,7 @@ class Drain:
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
-        while not self._stop.requested:
+        while self._room_for_dead_letters(reader):
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
             rows = batch.rows
             if not rows:
@@ -229,6 +232,22 @@ class Drain:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
         self._ahead.forget()
         return any_rows
+
+    def _room_for_dead_letters(self, reader: SpoolReader) -> bool:
+        """Wait until a batch may begin; return False where ``reader`` is to be used no more."""
+        held = False
+        # What a journalled sink was sending when it was interrupted had begun within the budget.
+        # It is finished: in a few days its stream would be forgotten.
+        while self._position >= self._resume_through and (full := self._letters.full()):
+            held = True
+            if self._wait_after(full, 1, 0):
+                return False
+            self._check_spool()
+            if self._reader is not reader:
+                return False
+        if held:
+            self._set_status("delivering", self._letters.notice())
+        return not self._stop.requested
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
@@ -264,7 +283,7 @@ class Drain:
         batch.dead += [
             DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged
         ]
-        self._log_dead(batch.dead)
+        self._letters.report(batch.dead)
         failures = 0
         while True:
             delivery = self._sink.deliver(todo) if todo else Delivery()
@@ -272,14 +291,14 @@ class Drain:
             # A service's words are read in terminals, and may be anybody's (a captive portal's).
             dead = [replace(d, detail=printable(d.detail)) for d in delivery.dead]
             batch.dead += dead
-            self._log_dead(dead)
+            self._letters.report(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
             self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
             if not todo:
                 if failures:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
-                self._set_status("delivering", "")
+                self._set_status("delivering", self._letters.notice())
                 return
             if progressed and delivery.fault is None:
                 continue  # what is confirmed had to be settled first
@@ -349,19 +368,5 @@ class Drain:
                     first_seq=gap.first_seq,
                     last_seq=gap.last_seq,
                     rows=gap.rows,
-                ),
-            )
-
-    def _log_dead(self, dead: Sequence[DeadLetter]) -> None:
-        for letter in dead:
-            log.error(
-                "dead letter: %s",
-                letter.detail,
-                extra=fields(
-                    sink=self._sink.name,
-                    reason=letter.reason,
-                    seq=letter.row[0],
-                    topic=letter.row[8],
-                    look="select * from dead_letters",
                 ),
             )

@@ -24,6 +24,9 @@ _SHOWN_VALUE_CHARS = 80
 SPOOL_MAX_BYTES_FLOOR = 256 * KIB
 """Below this the empty database and its write-ahead log do not fit."""
 
+DEAD_LETTER_MAX_BYTES_FLOOR = 64 * KIB
+"""A hundred dead letters of usual size."""
+
 TOPIC_FILTER_MAX_BYTES = 65_535
 """A string of MQTT has two bytes for its length (3.1.1, section 1.5.3)."""
 
@@ -76,6 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     spool_dir: Path = Path("/var/lib/sluice")
     spool_max_bytes: Annotated[int, Meta(ge=SPOOL_MAX_BYTES_FLOOR)] = 10 * KIB**3
     spool_full_policy: Literal["block", "drop-oldest"] = "block"
+    dead_letter_max_bytes: Annotated[int, Meta(ge=DEAD_LETTER_MAX_BYTES_FLOOR)] = 256 * KIB**2
     spool_retention_hours: Annotated[float, Meta(ge=0, le=24 * 3650)] = 24
     dedup_window: Annotated[int, Meta(ge=0, le=10_000_000)] = 100_000
     timestamp_formats: tuple[TimestampFormat, ...] = ("rfc3339",)
@@ -117,6 +121,8 @@ _EXPECTED = {
     "spool_dir": "an absolute path",
     "spool_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "
     f"{SPOOL_MAX_BYTES_FLOOR}",
+    "dead_letter_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "
+    f"{DEAD_LETTER_MAX_BYTES_FLOOR}",
     "spool_full_policy": "block or drop-oldest",
     "spool_retention_hours": "hours from 0 to 87600",
     "dedup_window": "a whole number from 0 to 10000000",
@@ -197,7 +203,7 @@ def _convert(field: str, raw: str, hint: object) -> object:
     value: object = raw
     if field in {"mqtt_topic", "timestamp_formats"}:
         value = tuple(part.strip() for part in raw.split(","))
-    elif field == "spool_max_bytes":
+    elif field in {"spool_max_bytes", "dead_letter_max_bytes"}:
         value = _size(raw)
     elif field == "log_level":
         value = raw.upper()

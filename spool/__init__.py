@@ -36,12 +36,14 @@ whose file cannot be read holds everything.
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
-messages are a ring with limits of its own. On a full disk the :class:`Ballast` is given up.
+messages are a ring with limits of its own. ``DEAD_LETTER_MAX_BYTES`` (:class:`DeadLetters`), in
+each sink's file: when it is full that sink holds. On a full disk the :class:`Ballast` is given up.
 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
 from spool.apart import prepare_apart
+from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
 from spool.errors import (
     CorruptFileError,
     CursorAheadError,
@@ -71,11 +73,12 @@ from spool.records import (
 from spool.recovery import SALVAGE_STEP_BYTES, Salvage
 from spool.retention import Pruner, Retention
 from spool.setaside import confirmed, lasting, readable, set_aside
-from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
+from spool.sinkstate import Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import SpoolWriter
 
 __all__ = [
+    "DEAD_LETTER_MAX_BYTES",
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
     "SALVAGE_STEP_BYTES",
@@ -87,6 +90,7 @@ __all__ = [
     "CursorAheadError",
     "Cut",
     "DeadLetter",
+    "DeadLetters",
     "DiskFullError",
     "FileMissingError",
     "Gap",
@@ -108,6 +112,7 @@ __all__ = [
     "SpoolWriter",
     "StorageFaultError",
     "UnreadableFileError",
+    "Usage",
     "WrongEnvironmentError",
     "claim_environment",
     "confirmed",
