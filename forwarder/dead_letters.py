@@ -10,6 +10,7 @@ from spool import DeadLetter, SinkState, Usage
 
 log = logging.getLogger("forwarder")
 
+_KIB = 1024
 _MIB = 1024 * 1024
 _BY_CAUSE = "select reason, site_code, count(*), max(detail) from dead_letters group by 1, 2"
 _ALL = "select * from dead_letters"
@@ -63,9 +64,11 @@ class DeadLetterWatch:
         if not usage.nearly_full:
             self._warned = False
             return ""
+        if usage.full:
+            return ""  # the hold that comes next says more
         text = (
             "dead letters take more than 80 % of DEAD_LETTER_MAX_BYTES, "
-            f"{_size(usage.max_bytes)}; when it is used up, delivery to this sink is on hold. "
+            f"{_size(usage.max_bytes)}; when it is used up, delivery to this sink is on hold; "
             f"{self._how_to_look()}"
         )
         if not self._warned:
@@ -109,4 +112,4 @@ class DeadLetterWatch:
 
 
 def _size(count: int) -> str:
-    return f"{count / _MIB:.1f} MiB"
+    return f"{count / _MIB:.1f} MiB" if count >= _MIB else f"{count / _KIB:.1f} KiB"
