@@ -17,6 +17,7 @@ from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields
+from lifecycle.proxies import proxies_for_grpc
 from lifecycle.settings import Settings, SettingsError, load_settings
 from lifecycle.shutdown import StopRequest
 
@@ -58,12 +59,17 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     configure_logging(program.role)
     try:
         environ.update(merged_environment(environ))
+        # Before anything imports grpc, which reads them when its first channel is made.
+        variables, proxy_problems = proxies_for_grpc(environ)
+        environ.update(variables)
         settings = load_settings(environ, socket.gethostname())
     except EnvironmentFileError as error:
         return _report_settings(SettingsError([str(error)]))
     except SettingsError as error:
         return _report_settings(error)
     configure_logging(program.role, settings.log_level, settings.log_format)
+    for problem in proxy_problems:
+        log.warning("the proxy: %s", problem)
     stop = StopRequest(supervised=environ.get("SUPERVISOR_ENABLED") == "1")
     stop.install(on_overdue=_leave_overdue)
     code = _run_body(program, settings, stop)
