@@ -422,6 +422,12 @@ set_up_mosquitto() {
     install -m 0644 "$SOURCE/deploy/mosquitto.conf" "$DROP_IN"
     changed=yes
   fi
+  if grep -qsE '^[[:space:]]*per_listener_settings[[:space:]]+true' \
+    /etc/mosquitto/mosquitto.conf /etc/mosquitto/conf.d/*.conf; then
+    warn "per_listener_settings is true. With Mosquitto 2.0.12 and later (2.0.11 is not" \
+      "affected) what it queues for Sluice while Sluice is away never comes." \
+      "Change to one of the two recipes in $SOURCE/deploy/mosquitto.conf."
+  fi
   if [ "$changed" = yes ] || ! broker_answers; then restart_mosquitto; fi
   local port
   port=$(setting MQTT_PORT)
