@@ -46,7 +46,9 @@ def run(rounds: int, seed: int) -> Report:
             "DEAD_LETTER_MAX_BYTES": str(FIRST_LIMIT_BYTES),
             "MAX_DRAIN_RATE": str(BATCH_ROWS),
         }
-        with Rig(forwarder=IMPATIENT, BIGQUERY_WRITE_METHOD=method, **limit) as rig:
+        with Rig(
+            forwarder=IMPATIENT, broker_options=None, BIGQUERY_WRITE_METHOD=method, **limit
+        ) as rig:
             rig.cloud.pubsub.faults.poison = lambda data: is_poison(json.loads(data)["value"])
             rig.cloud.poison_bigquery(lambda row: is_poison(float(str(row["value"]))))
             rig.start()
