@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from collector.housekeeping import Housekeeping, warn_of_small_disk
@@ -13,7 +13,17 @@ from collector.mqtt import BrokerSession
 from collector.store import LOOP as WRITER_LOOP
 from collector.store import SALVAGE_KEY, Store
 from collector.validation import Validator
-from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from lifecycle import (
+    SINKS,
+    ExitCode,
+    Program,
+    Settings,
+    StopRequest,
+    Watchdog,
+    fields,
+    leave,
+    run,
+)
 from spool import (
     Ballast,
     Budget,
@@ -22,6 +32,7 @@ from spool import (
     Retention,
     Salvage,
     SinkFile,
+    SinkFiles,
     SinkProgress,
     SpoolError,
     SpoolWriter,
@@ -45,15 +56,12 @@ FINISH_TIMEOUT_S = 8.0
 
 US_PER_HOUR = 3_600_000_000
 SUBSCRIPTION_KEY = "mqtt_subscription"
-SINKS = ("pubsub", "bigquery")
 
 log = logging.getLogger("collector")
 
 
 def _body(settings: Settings, stop: StopRequest) -> None:
-    sinks = [
-        SinkFile(settings.spool_dir, sink, enabled=sink in settings.enabled_sinks) for sink in SINKS
-    ]
+    sinks = SinkFiles(settings.spool_dir, {s: s in settings.enabled_sinks for s in SINKS})
     writer, salvage = _open_spool(settings, sinks)
     try:
         if salvage is not None:
@@ -95,7 +103,7 @@ def _claim_salvage(salvage: Salvage, app_env: str, sinks: Sequence[SinkProgress]
 
 
 def _open_spool(
-    settings: Settings, sinks: Sequence[SinkFile]
+    settings: Settings, sinks: Iterable[SinkFile]
 ) -> tuple[SpoolWriter, Salvage | None]:
     """Open the spool; a damaged one is set aside and a new one takes its place."""
     directory = settings.spool_dir
@@ -167,7 +175,7 @@ def _collect(
     stop: StopRequest,
     writer: SpoolWriter,
     salvage: Salvage | None,
-    sinks: Sequence[SinkFile],
+    sinks: Iterable[SinkFile],
 ) -> None:
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     inbox = Inbox(on_room=stop.wake)

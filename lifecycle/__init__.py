@@ -10,11 +10,12 @@ from lifecycle.exitcodes import ExitCode
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields, printable
 from lifecycle.program import Program, leave, run
-from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.settings import SINKS, Settings, SettingsError, load_settings
 from lifecycle.shutdown import StopRequest
 from lifecycle.watchdog import Watchdog
 
 __all__ = [
+    "SINKS",
     "AlreadyRunningError",
     "EnvironmentFileError",
     "ExitCode",

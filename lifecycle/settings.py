@@ -98,8 +98,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def enabled_sinks(self) -> tuple[str, ...]:
         """The names of the sinks that must receive every reading."""
-        enabled = {"pubsub": self.pubsub_enabled, "bigquery": self.bigquery_enabled}
-        return tuple(sink for sink, on in enabled.items() if on)
+        return tuple(sink for sink in SINKS if getattr(self, f"{sink}{_ENABLED}"))
+
+
+_ENABLED = "_enabled"
+SINKS: tuple[str, ...] = tuple(
+    field.removesuffix(_ENABLED) for field in Settings.__struct_fields__ if field.endswith(_ENABLED)
+)
+"""All sinks, those that are switched off too: each has a variable ``<SINK>_ENABLED``. The one list:
+forwarders are built, readings kept and files looked for by it."""
 
 
 _EXPECTED = {
@@ -281,7 +288,8 @@ def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) ->
             "nothing to the cloud)"
         )
     if values.get("app_env") != "LOCAL":
-        pubsub, bigquery = (values.get(f"{s}_enabled", True) for s in ("pubsub", "bigquery"))
+        pubsub = values.get("pubsub_enabled", True)
+        bigquery = values.get("bigquery_enabled", True)
         required = {
             "gcp_project_id": bool(pubsub or bigquery),
             "pubsub_topic": bool(pubsub),

@@ -182,7 +182,8 @@ class SpoolWriter:
             conn.executemany(ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             if dropped:
                 conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
-            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+            if progress:
+                self._set_progress(conn, progress)
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
         size = sum(map(len, map(_payload, readings))) + sum(len(r[4]) for r in rejections)
@@ -193,9 +194,12 @@ class SpoolWriter:
     def write_progress(self, progress: "Iterable[SinkProgress]") -> None:
         """Store a snapshot of the sinks' positions."""
         with self._transaction("store the sinks' progress") as conn:
-            # A sink that is no longer known would stand in the backlog for ever.
-            conn.execute("UPDATE sink_progress SET enabled = 0")
-            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+            self._set_progress(conn, progress)
+
+    def _set_progress(self, conn: sqlite3.Connection, progress: "Iterable[SinkProgress]") -> None:
+        # A sink that is no longer known would stand in the backlog for ever.
+        conn.execute("UPDATE sink_progress SET enabled = 0")
+        conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
 
     def _progress_row(self, p: "SinkProgress") -> tuple[object, ...]:
         position = p.position_in(self.epoch)
