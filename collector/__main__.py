@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from collector.housekeeping import Housekeeping, warn_of_small_disk
+from collector.identity import KeptIdentity
 from collector.inbox import Inbox
 from collector.mqtt import LOOP as NETWORK_LOOP
 from collector.mqtt import BrokerSession
@@ -180,16 +181,22 @@ def _collect(
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     inbox = Inbox(on_room=stop.wake)
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
+    chosen = any(os.environ.get(name, "").strip() for name in ("INSTANCE_ID", "MQTT_CLIENT_ID"))
+    identity = KeptIdentity(settings, known, chosen=chosen)
+    settings = identity.settings
     broker = [settings.mqtt_broker, settings.mqtt_port, settings.mqtt_client_id]
+
+    def on_subscribed(filters: Sequence[str]) -> None:
+        identity.subscribed()
+        store.remember(SUBSCRIPTION_KEY, json.dumps([*broker, *filters]))
+
     session = BrokerSession(
         settings,
         inbox,
         stop,
         watchdog,
         known_filters=known[3:] if known[:3] == broker else (),
-        on_subscribed=lambda filters: store.remember(
-            SUBSCRIPTION_KEY, json.dumps([*broker, *filters])
-        ),
+        on_subscribed=on_subscribed,
     )
     store = Store(
         open_writer=lambda: SpoolWriter.open(settings.spool_dir),

@@ -7,6 +7,7 @@ sibling, so the spool can be used without it and it without the spool.
 
 from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
+from lifecycle.identity import Identity, SessionId, read_identity, write_identity
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields, printable
 from lifecycle.program import Program, leave, run
@@ -19,8 +20,10 @@ __all__ = [
     "AlreadyRunningError",
     "EnvironmentFileError",
     "ExitCode",
+    "Identity",
     "InstanceLock",
     "Program",
+    "SessionId",
     "Settings",
     "SettingsError",
     "StopRequest",
@@ -31,5 +34,7 @@ __all__ = [
     "load_settings",
     "merged_environment",
     "printable",
+    "read_identity",
     "run",
+    "write_identity",
 ]

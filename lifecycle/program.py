@@ -25,7 +25,7 @@ from lifecycle.refusal import (
     read_refusal,
     still_refused,
 )
-from lifecycle.settings import Settings
+from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
 
 STORAGE_FAULT_MIN_UPTIME_S = 5.0
@@ -118,7 +118,11 @@ def _run_body(
             settings.spool_dir,
         )
         return ExitCode.STORAGE
-    log.info("started", extra=fields(app_env=settings.app_env, pid=os.getpid()))
+    log.info(
+        "started",
+        extra=fields(app_env=settings.app_env, pid=os.getpid(), instance_id=settings.instance_id),
+    )
+    _tell_kept_id(settings.instance_id, found.environ)
     try:
         program.body(settings, stop)
     except tuple(program.exit_codes) as error:
@@ -138,6 +142,15 @@ def _run_body(
         return ExitCode.BUG
     log.info("stopped: %s", stop.reason, extra=fields(exit_code=0))
     return ExitCode.CLEAN
+
+
+def _tell_kept_id(instance_id: str, environ: Mapping[str, str]) -> None:
+    host_name = socket.gethostname()
+    if not environ.get("INSTANCE_ID", "").strip() and instance_id != instance_id_of(host_name):
+        log.info(
+            "INSTANCE_ID is not set; the one that is kept is used, not the host name",
+            extra=fields(instance_id=instance_id, host_name=host_name),
+        )
 
 
 def _prepare_directory(directory: Path) -> None:

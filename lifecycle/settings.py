@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
 
 KIB = 1024
@@ -24,6 +25,8 @@ _SHOWN_VALUE_CHARS = 80
 SPOOL_MAX_BYTES_FLOOR = 256 * KIB
 """Below this the empty database and its write-ahead log do not fit."""
 
+DEFAULT_SPOOL_DIR = Path("/var/lib/sluice")
+
 TOPIC_FILTER_MAX_BYTES = 65_535
 """A string of MQTT has two bytes for its length (3.1.1, section 1.5.3)."""
 
@@ -32,7 +35,6 @@ TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 WriteMethod = Literal["storage", "storage_default", "insert_all"]
 DEFAULT_WRITE_METHOD: WriteMethod = "storage"
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
 Topic = Annotated[
     str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
@@ -66,14 +68,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mqtt_broker: Annotated[str, Meta(pattern=r"^[^\s/]+$")] = "localhost"
     mqtt_port: Port = 1883
     mqtt_topic: tuple[str, ...] = ("FCTS/FAE/+/SolvExtract/+",)
-    mqtt_client_id: Annotated[str, Meta(min_length=1, max_length=240)] = ""
+    mqtt_client_id: ClientId = ""
     mqtt_username: str = ""
     mqtt_password_file: Path | None = None
     mqtt_tls_ca_file: Path | None = None
     mqtt_tls_cert_file: Path | None = None
     mqtt_tls_key_file: Path | None = None
     instance_id: Name = ""
-    spool_dir: Path = Path("/var/lib/sluice")
+    spool_dir: Path = DEFAULT_SPOOL_DIR
     spool_max_bytes: Annotated[int, Meta(ge=SPOOL_MAX_BYTES_FLOOR)] = 10 * KIB**3
     spool_full_policy: Literal["block", "drop-oldest"] = "block"
     spool_retention_hours: Annotated[float, Meta(ge=0, le=24 * 3650)] = 24
@@ -164,7 +166,7 @@ def load_settings(environ: Mapping[str, str], host_name: str) -> Settings:
 
     Args:
         environ: All variables, the environment file's included.
-        host_name: What ``INSTANCE_ID`` is when it is not set.
+        host_name: What ``INSTANCE_ID`` is when it is not set and none is kept in ``SPOOL_DIR``.
 
     Raises:
         SettingsError: With all problems, not just the first.
@@ -182,18 +184,31 @@ def load_settings(environ: Mapping[str, str], host_name: str) -> Settings:
             problems.append(_describe(field, raw, error))
     problems += _contradictions(environ, values)
     if not problems:
-        values.setdefault("instance_id", _instance_id(host_name))
-        values.setdefault("mqtt_client_id", f"sluice-{values['instance_id']}")
+        _set_ids(values, host_name)
     if problems:
         raise SettingsError(problems)
     return msgspec.convert(values, Settings, dec_hook=_custom)
+
+
+def _set_ids(values: dict[str, object], host_name: str) -> None:
+    """Complete the ids: what is not set stays what it was, also under another host name."""
+    directory = values.get("spool_dir", DEFAULT_SPOOL_DIR)
+    kept = read_identity(directory) if isinstance(directory, Path) else None
+    instance_id = values.setdefault(
+        "instance_id", kept.instance_id if kept else instance_id_of(host_name)
+    )
+    client_id = f"sluice-{instance_id}"
+    if kept is not None and kept.session is not None and kept.instance_id == instance_id:
+        client_id = kept.session.client_id
+    values.setdefault("mqtt_client_id", client_id)
 
 
 def _custom(wanted: type, value: object) -> object:
     return Path(str(value)) if wanted is Path else value
 
 
-def _instance_id(host_name: str) -> str:
+def instance_id_of(host_name: str) -> str:
+    """Return the instance id of a machine of that name. install.sh makes the same of it."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", host_name).lstrip("._-")[:200] or "sluice"
 
 

@@ -21,6 +21,7 @@ SIZES: Mapping[str, int] = {
     "cloud_faults": 10,
     "mqtt_faults": 10,
     "crash_loops": 5,
+    "identity": 12,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
