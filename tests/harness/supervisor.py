@@ -78,10 +78,14 @@ class Supervisor(Program):
         return {name: self.pid_of(name) for name in PROGRAMS}
 
     @contextmanager
-    def supervising(self) -> Iterator[Self]:
-        """Start it, and at the end leave nothing of it running, whatever happened."""
+    def supervising(self, *, wait: bool = True) -> Iterator[Self]:
+        """Start it, and at the end leave nothing of it running, whatever happened.
+
+        Args:
+            wait: Whether all programs run before this goes on.
+        """
         try:
-            self.start()
+            (self.start if wait else super().start)()
             yield self
         finally:
             try:

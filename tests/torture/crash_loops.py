@@ -210,7 +210,7 @@ def run(rounds: int, seed: int, *, only: str = "") -> Report:
     with Rig() as rig:
         rig.broker.start()
         supervisor = Supervisor(rig)
-        with _small_log_disk(rig), supervisor.supervising():
+        with _small_log_disk(rig), supervisor.supervising(wait=False):
             while report.rounds < rounds and not report.violations:
                 deck = deck or ([only] if only else dice.sample(list(FAULTS), len(FAULTS)))
                 name = deck.pop()
@@ -232,6 +232,7 @@ def _recover(rig: Rig, supervisor: Supervisor) -> None:
         "every program was started again",
     )
     supervisor.wait_until_running()
+    rig.wait_for_session()
     rig.publish(READINGS)
     rig.wait_until_delivered()
     rig.assert_nothing_lost()
