@@ -69,14 +69,15 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     settings = found.settings
     if settings is None:
         _report_settings(found.problems)
-        note_refusal(run_dir, program.role, found.fingerprint, "; ".join(found.problems))
+        reason = "; ".join(found.problems)
+        note_refusal(run_dir, program.role, found.fingerprint, reason, 0.0)
         return ExitCode.CONFIG
     environ.update(found.environ)
     configure_logging(program.role, settings.log_level, settings.log_format)
     refusal = read_refusal(run_dir, program.role)
     if refusal is not None and still_refused(refusal, found.fingerprint):
         log.critical("ends: %s", refusal.reason, extra=fields(exit_code=int(ExitCode.CONFIG)))
-        note_refusal(run_dir, program.role, found.fingerprint, refusal.reason)
+        note_refusal(run_dir, program.role, found.fingerprint, refusal.reason, refusal.after_s)
         return ExitCode.CONFIG
     forget_refusal(run_dir, program.role)
     stop = StopRequest(supervised=environ.get("SUPERVISOR_ENABLED") == "1")
@@ -102,6 +103,7 @@ def _leave_no_core() -> None:
 def _run_body(
     program: Program, settings: Settings, found: Circumstances, stop: StopRequest
 ) -> ExitCode:
+    begun = time.monotonic()
     try:
         _prepare_directory(settings.spool_dir)
         lock = InstanceLock(settings.spool_dir, program.role)
@@ -130,7 +132,8 @@ def _run_body(
         log.critical("ends: %s", error, extra=fields(exit_code=int(code)))
         if code is ExitCode.CONFIG:
             run_dir = found.environ.get(RUN_DIR_VARIABLE, "")
-            note_refusal(run_dir, program.role, found.fingerprint, str(error))
+            after_s = time.monotonic() - begun
+            note_refusal(run_dir, program.role, found.fingerprint, str(error), after_s)
         return code
     except Exception:
         log.critical(

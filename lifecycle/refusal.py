@@ -22,10 +22,12 @@ from lifecycle.settings import Settings, SettingsError, load_settings
 RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
 """Names the directory of the notes. supervisord.conf sets it; without it none are kept."""
 
+SLOW_START_S = 1.0
 STILL_REFUSED_S = 10.0
-"""A program that was refused less than this ago, under the same circumstances, ends at once: above
-the longest wait between supervisord's own tries (``startretries`` seconds). A check that takes
-longer than ``startsecs`` would otherwise count as started, and be repeated for ever."""
+"""A start that took longer than SLOW_START_S and was then refused may count as started (it reached
+``startsecs``), and supervisord would repeat it for ever. So the next one, under the same
+circumstances and within STILL_REFUSED_S, ends at once: that is above the longest wait between
+supervisord's own tries (``startretries`` seconds). After that a start is made in earnest again."""
 
 log = logging.getLogger("lifecycle")
 
@@ -39,6 +41,8 @@ class Refusal(msgspec.Struct, frozen=True):
     """What the program said."""
     at_s: float
     """When, in seconds since 1970."""
+    after_s: float
+    """How long the start had taken by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,9 @@ def examine(environ: Mapping[str, str], host_name: str) -> Circumstances:
         host_name: What ``INSTANCE_ID`` is when it is not set and none is kept.
     """
     # Before the file is read: if it is changed in between, the next look finds a difference.
-    identity = [_identity(Path(environ.get(ENV_FILE_VARIABLE, "")))]
+    file = environ.get(ENV_FILE_VARIABLE, "")
+    # This module stands for the release: another one may accept what this one refuses.
+    identity = [_identity(Path(__file__)), _identity(Path(file)) if file else ""]
     merged: Mapping[str, str] = environ
     settings, problems = None, []
     try:
@@ -95,7 +101,7 @@ def _databases(directory: Path) -> list[str]:
         return [f"{directory}: {error.errno}"]
 
 
-def note_refusal(directory: str, role: str, fingerprint: str, reason: str) -> None:
+def note_refusal(directory: str, role: str, fingerprint: str, reason: str, after_s: float) -> None:
     """Leave the note; where that fails, the restarter tries the program again, with backoff.
 
     Args:
@@ -103,6 +109,7 @@ def note_refusal(directory: str, role: str, fingerprint: str, reason: str) -> No
         role: The program's name in supervisorctl.
         fingerprint: Of the circumstances under which it was refused.
         reason: What the program said.
+        after_s: How long the start had taken by then, in seconds.
     """
     if not directory:
         return
@@ -110,7 +117,7 @@ def note_refusal(directory: str, role: str, fingerprint: str, reason: str) -> No
     new = path.with_suffix(".new")
     try:
         # Not synced: it is of no use after a restart of the machine.
-        new.write_bytes(msgspec.json.encode(Refusal(fingerprint, reason, time.time())))
+        new.write_bytes(msgspec.json.encode(Refusal(fingerprint, reason, time.time(), after_s)))
         new.replace(path)
     except OSError as error:
         log.warning(
@@ -143,10 +150,11 @@ def forget_refusal(directory: str, role: str) -> None:
 
 
 def still_refused(refusal: Refusal | None, fingerprint: str) -> bool:
-    """Return whether a program was refused just now, for what is still the case."""
+    """Return whether a slow start was refused just now, for what is still the case."""
     if refusal is None or refusal.fingerprint != fingerprint:
         return False
-    return 0 <= time.time() - refusal.at_s < STILL_REFUSED_S
+    recent = 0 <= time.time() - refusal.at_s < STILL_REFUSED_S
+    return recent and refusal.after_s >= SLOW_START_S
 
 
 def _path(directory: str, role: str) -> Path:

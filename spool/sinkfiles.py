@@ -52,7 +52,12 @@ class SinkFiles:
 
     def _look(self) -> None:
         try:
-            found = {path.name for path in self._directory.iterdir() if path.suffix == _SUFFIX}
+            found = {
+                path.name
+                for path in self._directory.iterdir()
+                # No sink has a name with control characters, or one that is not UTF-8.
+                if path.suffix == _SUFFIX and path.name.isprintable()
+            }
         except OSError:
             return  # what was known to be a sink's holds on; the next look comes within seconds
         for name in self._undeclared.keys() - found:

@@ -109,9 +109,10 @@ def test_a_missing_environment_file_is_wrong_configuration(
 
 
 def test_a_refusal_within_the_program_is_noted_and_is_not_repeated_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A check that takes longer than startsecs would otherwise be repeated for ever."""
+    monkeypatch.setattr("lifecycle.refusal.SLOW_START_S", 0.0)
     bodies: list[bool] = []
 
     class RefusedError(Exception):

@@ -9,6 +9,7 @@ from xmlrpc.client import Fault
 import pytest
 
 from lifecycle.refusal import (
+    SLOW_START_S,
     STILL_REFUSED_S,
     Refusal,
     examine,
@@ -115,14 +116,14 @@ def test_a_supervisord_that_does_not_answer_is_asked_again(error: Exception) -> 
 
 def test_a_refused_program_stays_fatal_until_the_circumstances_change(tmp_path: Path) -> None:
     bench = Bench(Control(collector="FATAL", other="FATAL"), str(tmp_path))
-    note_refusal(str(tmp_path), "collector", "a", "APP_ENV: not set")
+    note_refusal(str(tmp_path), "collector", "a", "APP_ENV: not set", 0.0)
     bench.starts_over(60)
     assert "collector" not in bench.control.started
     bench.present = "b"
     bench.control.started.clear()
     bench.starts_over(5)
     assert "collector" in bench.control.started
-    note_refusal(str(tmp_path), "collector", "b", "APP_ENV: still not set")
+    note_refusal(str(tmp_path), "collector", "b", "APP_ENV: still not set", 0.0)
     bench.control.started.clear()
     bench.starts_over(60)
     assert "collector" not in bench.control.started
@@ -139,9 +140,9 @@ def test_a_note_that_cannot_be_read_holds_nothing(garbage: bytes, tmp_path: Path
 def test_a_note_that_cannot_be_written_is_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    note_refusal(str(tmp_path / "gone"), "collector", "a", "why")
+    note_refusal(str(tmp_path / "gone"), "collector", "a", "why", 0.0)
     assert "cannot note" in caplog.text
-    note_refusal("", "collector", "a", "why")
+    note_refusal("", "collector", "a", "why", 0.0)
     assert read_refusal("", "collector") is None
 
 
@@ -184,8 +185,9 @@ def test_an_old_refusal_is_tried_in_earnest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lifecycle.refusal.time.time", lambda: 1e9)
-    assert still_refused(Refusal("a", "why", 1e9 - age_s), "a") is still
-    assert not still_refused(Refusal("a", "why", 1e9 - age_s), "b")
+    assert still_refused(Refusal("a", "why", 1e9 - age_s, SLOW_START_S), "a") is still
+    assert not still_refused(Refusal("a", "why", 1e9 - age_s, SLOW_START_S), "b")
+    assert not still_refused(Refusal("a", "why", 1e9 - age_s, SLOW_START_S / 2), "a")
 
 
 def test_the_events_protocol_is_supervisords() -> None:
