@@ -108,7 +108,17 @@ def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCo
         code = next(c for kind, c in program.exit_codes.items() if isinstance(error, kind))
         log.critical("ends: %s", error, extra=fields(exit_code=int(code)))
         return code
-    except Exception:
+    except Exception as error:
+        if _of_the_disk(error, settings.spool_dir):
+            log.critical(
+                "storage fault: %s; check the disk and its rights: df -h %s; ls -la %s; "
+                "dmesg | tail",
+                error,
+                settings.spool_dir,
+                settings.spool_dir,
+                extra=fields(exit_code=int(ExitCode.STORAGE)),
+            )
+            return ExitCode.STORAGE
         log.critical(
             "ends by an error that nobody foresaw; nothing that was acknowledged is lost. "
             "Please report the traceback",
@@ -118,6 +128,17 @@ def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCo
         return ExitCode.BUG
     log.info("stopped: %s", stop.reason, extra=fields(exit_code=0))
     return ExitCode.CLEAN
+
+
+def _of_the_disk(error: Exception, directory: Path) -> bool:
+    """Return whether it is a system call that failed on a file in ``directory``.
+
+    The files' own modules translate what they expect; any call on a failing disk can fail.
+    """
+    if not isinstance(error, OSError):
+        return False
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    return any(Path(os.fsdecode(name)).is_relative_to(directory) for name in names)
 
 
 def _prepare_directory(directory: Path) -> None:
