@@ -77,8 +77,9 @@ def open_owner(path: Path) -> sqlite3.Connection:
     except OSError as error:
         raise file_fault(error, "open", path) from error
     try:
-        _configure_owner(conn)
+        # First of all: already some of the settings are a commit, which stands behind the others.
         rewrite_log(conn, path)
+        _configure_owner(conn)
     except sqlite3.Error as error:
         conn.close()
         raise translated(error, "open", path) from error
