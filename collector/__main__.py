@@ -29,6 +29,7 @@ from spool import (
     Ballast,
     Budget,
     CorruptFileError,
+    DiskFullError,
     NewerFormatError,
     Retention,
     Salvage,
@@ -109,6 +110,12 @@ def _open_spool(
     """Open the spool; a damaged one is set aside and a new one takes its place."""
     directory = settings.spool_dir
     try:
+        writer = _open_writer(directory)
+    except DiskFullError as error:
+        # To open the spool is to sync its log and to read it, and both may need room.
+        if not Ballast(directory, settings.spool_max_bytes).release():
+            raise
+        log.warning("gave up the ballast file, so that the spool can be opened: %s", error)
         writer = _open_writer(directory)
     except UnreadableFileError as error:
         if not lasting(error):

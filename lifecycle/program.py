@@ -135,7 +135,17 @@ def _run_body(
             after_s = time.monotonic() - begun
             note_refusal(run_dir, program.role, found.fingerprint, str(error), after_s)
         return code
-    except Exception:
+    except Exception as error:
+        if _of_the_disk(error, settings.spool_dir):
+            log.critical(
+                "storage fault: %s; check the disk and its rights: df -h %s; ls -la %s; "
+                "dmesg | tail",
+                error,
+                settings.spool_dir,
+                settings.spool_dir,
+                extra=fields(exit_code=int(ExitCode.STORAGE)),
+            )
+            return ExitCode.STORAGE
         log.critical(
             "ends by an error that nobody foresaw; nothing that was acknowledged is lost. "
             "Please report the traceback",
@@ -154,6 +164,17 @@ def _tell_kept_id(instance_id: str, environ: Mapping[str, str]) -> None:
             "INSTANCE_ID is not set; the one that is kept is used, not the host name",
             extra=fields(instance_id=instance_id, host_name=host_name),
         )
+
+
+def _of_the_disk(error: Exception, directory: Path) -> bool:
+    """Return whether it is a system call that failed on a file in ``directory``.
+
+    The files' own modules translate what they expect; any call on a failing disk can fail.
+    """
+    if not isinstance(error, OSError):
+        return False
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    return any(Path(os.fsdecode(name)).is_relative_to(directory) for name in names)
 
 
 def _prepare_directory(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """From settings to exit code: what the supervisor sees of a program, however it ends."""
 
+import errno
 import logging
 import os
 import signal
@@ -79,6 +80,13 @@ def test_each_end_has_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_body(tmp_path / "b", raising(OursError("disk"))) is ExitCode.STORAGE
     assert run_body(tmp_path / "c", raising(SpecialError("env"))) is ExitCode.CONFIG
     assert run_body(tmp_path / "d", raising(ValueError("oops"))) is ExitCode.BUG
+    # A system call that failed on a file of the spool is no bug; one that failed elsewhere is.
+    for own, path, code in (
+        ("e", "e/spool/x", ExitCode.STORAGE),
+        ("f", "elsewhere", ExitCode.BUG),
+    ):
+        failed = OSError(errno.EIO, "Input/output error", str(tmp_path / path))
+        assert run_body(tmp_path / own, raising(failed)) is code
     output = capsys.readouterr().out
     assert "stopped: SIGTERM" in output
     assert "ends: disk" in output

@@ -22,6 +22,7 @@ SIZES: Mapping[str, int] = {
     "mqtt_faults": 10,
     "crash_loops": 5,
     "identity": 12,
+    "failed_syncs": 200,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
