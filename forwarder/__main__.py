@@ -8,8 +8,18 @@ from functools import partial
 from pathlib import Path
 
 from forwarder.drain import LOOP, Drain
-from forwarder.registry import SINKS, build
-from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from forwarder.registry import build
+from lifecycle import (
+    SINKS,
+    ExitCode,
+    Program,
+    Settings,
+    StopRequest,
+    Watchdog,
+    fields,
+    leave,
+    run,
+)
 from spool import (
     CorruptFileError,
     CursorAheadError,

@@ -32,7 +32,8 @@ before it sends it, so that a crash repeats the same rows at the same place.
 **Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes what every enabled
 sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep (:class:`Retention`): while readings
 come in the transaction of the next batch, otherwise in small steps (:class:`Pruner`). A sink
-whose file cannot be read holds everything.
+whose file cannot be read holds everything, and so does one that no sink of this release declares
+behind its cursor (:class:`SinkFiles`).
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
@@ -73,6 +74,7 @@ from spool.records import (
 from spool.recovery import SALVAGE_STEP_BYTES, Salvage
 from spool.retention import Pruner, Retention
 from spool.setaside import confirmed, lasting, readable, set_aside
+from spool.sinkfiles import SinkFiles
 from spool.sinkstate import Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import SpoolWriter
@@ -105,6 +107,7 @@ __all__ = [
     "Salvage",
     "Settlement",
     "SinkFile",
+    "SinkFiles",
     "SinkProgress",
     "SinkState",
     "SpoolError",
