@@ -1,5 +1,6 @@
 """What can go wrong with the files, each with the operation, the file and the next step."""
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     if primary in _CORRUPT:
         return CorruptFileError(f"{what}; the file is damaged or not ours", path)
     if primary == sqlite3.SQLITE_FULL:
-        return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+        return DiskFullError(f"{what}; {_room_at(path.parent)}")
     if code in _READ_FAILED:
         return UnreadableFileError(
             f"{what}; the disk cannot read it: dmesg | tail; smartctl -x DEVICE. If that does not "
@@ -93,6 +94,33 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     return StorageFaultError(
         f"{what}; check the disk and its rights: df -h {path.parent}; ls -la {path.parent}; "
         "dmesg | tail"
+    )
+
+
+PLENTY_BYTES = 64 * 1024 * 1024
+"""More than one commit takes: where so much is free, it is not the disk that is full."""
+
+
+def _room_at(directory: Path) -> str:
+    """Say which file system has no room, how much it reports, and where to look.
+
+    SQLite writes no temporary files (:func:`spool.connection.keep_temporary_in_memory`), so no
+    other file system can be meant.
+    """
+    try:
+        mount = next((p for p in (directory, *directory.parents) if p.is_mount()), directory)
+        room = os.statvfs(directory)
+    except OSError:
+        return f"free space on the file system of {directory}: df -h {directory}"
+    free_bytes = room.f_bavail * room.f_frsize
+    if free_bytes < PLENTY_BYTES:
+        return (
+            f"the file system at {mount} has {free_bytes} bytes free; free space on it: df -h "
+            f"{directory}"
+        )
+    return (
+        f"the file system at {mount} has {free_bytes} bytes free, so a limit may be what is "
+        f"reached: a quota (quota -u sluice; repquota {mount}) or the size of a file (ulimit -f)"
     )
 
 
