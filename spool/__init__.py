@@ -36,12 +36,18 @@ whose file cannot be read holds everything.
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
-messages are a ring with limits of its own. On a full disk the :class:`Ballast` is given up.
+messages are a ring with a share of it, the first to give way. On a full disk the
+:class:`Ballast` is given up. The write-ahead logs do not count: each has a bound of its own, at
+which its owner commits nothing more until the reader that keeps it has ended (:class:`LogWatch`).
+
+**Health.** What its owner knows to be wrong with a file stands in its table ``condition``
+(:class:`Conditions`), for people in the view ``health``.
 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
 from spool.apart import prepare_apart
+from spool.conditions import Condition, Conditions
 from spool.errors import (
     CorruptFileError,
     CursorAheadError,
@@ -57,6 +63,7 @@ from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
 from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
+from spool.logwatch import LogNotice, LogWatch
 from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import (
@@ -83,6 +90,8 @@ __all__ = [
     "AppendJournal",
     "Ballast",
     "Budget",
+    "Condition",
+    "Conditions",
     "CorruptFileError",
     "CursorAheadError",
     "Cut",
@@ -92,6 +101,8 @@ __all__ = [
     "Gap",
     "Journal",
     "Level",
+    "LogNotice",
+    "LogWatch",
     "NewReading",
     "NewerFormatError",
     "Pruner",
