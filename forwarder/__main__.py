@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from forwarder.drain import LOOP, Drain
+from forwarder.loghold import LogHold
 from forwarder.registry import SINKS, build
 from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
 from spool import (
@@ -68,6 +69,7 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
             max_rate=settings.max_drain_rate,
             stop=stop,
             watchdog=watchdog,
+            log_hold=LogHold(state, settings.spool_max_bytes, watchdog),
         ).run()
     except CorruptFileError as error:
         if error.path != state.path:

@@ -120,7 +120,8 @@ def trim_rejections(conn: sqlite3.Connection, max_bytes: int) -> int:
     if first is None:
         return 0
     keep_from = last - REJECTED_KEPT_ROWS + 1
-    (kept_bytes,) = conn.execute(f"{ADD_COUNTER} RETURNING value", (KEPT_BYTES, 0)).fetchone()
+    row = conn.execute("SELECT value FROM counter WHERE name = ?", (KEPT_BYTES,)).fetchone()
+    kept_bytes = row[0] if row else 0
     if kept_bytes > max_bytes:
         # The running sum from the newest down says where the limit is crossed.
         (by_bytes,) = conn.execute(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spool.conditions import Condition
+from spool.conditions import Condition, Conditions
 from spool.connection import BUSY_TIMEOUT_S, WAL_KEPT_BYTES
 from spool.errors import translated
 from spool.files import SIDE_SUFFIXES
@@ -41,6 +41,9 @@ COSTLY_TRY_SHARE = 20
 """A reader that began when the log was worked off lets SQLite sort the whole index of the log
 before it finds that nothing can be done. Then the tries take at most one part in this many of the
 time, unless a reader that was there has left."""
+
+SLOW_DISK_BYTES_PER_S = 1024 * 1024
+"""At the least so fast is a log worked off."""
 
 STILL_FULL_SHARE = 0.9
 
@@ -94,8 +97,7 @@ class LogWatch:
             has less room: what is in the log must go into the database one day, which grows by
             up to as much.
         stands_still: Says what stands still at the bound, for messages.
-        before_try: Told the size of the log before each attempt to work it off, which takes as
-            long as the disk needs to write that much.
+        before_try: Told before each attempt to work the log off how many seconds it may take.
         clock: Seconds, monotonic.
         free_bytes: Returns the free space where a path is.
         readers: Returns who reads a database.
@@ -106,7 +108,7 @@ class LogWatch:
         max_bytes: int,
         *,
         stands_still: str,
-        before_try: Callable[[int], object] = lambda _: None,
+        before_try: Callable[[float], object] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
         readers: Callable[[Path], Sequence[LogReader]] = log_readers,
@@ -163,6 +165,13 @@ class LogWatch:
             raise translated(sqlite3.OperationalError(str(error)), "free space", path) from error
         return min(log_bound_bytes(self._max_bytes), (log_bytes + free) // 2)
 
+    def report_to(self, conditions: Conditions) -> None:
+        """Have ``conditions`` say whether the log is pinned."""
+        if self.condition is None:
+            conditions.clear(LOG_PINNED)
+        else:
+            conditions.put(self.condition)
+
     def _restarted(self, owner: LogOwner, log_bytes: int) -> bool:
         now = frozenset(self._readers(owner.path))
         left = bool(self._seen) and bool(self._suspects() - now)
@@ -170,7 +179,7 @@ class LogWatch:
         begun = self._clock()
         if begun < self._try_from and not left:
             return False
-        self.before_try(log_bytes)
+        self.before_try(log_bytes / SLOW_DISK_BYTES_PER_S)
         if owner.restart_log():
             return True
         self._tries += 1

@@ -301,7 +301,8 @@ class SpoolWriter:
             return 0
         with self._transaction("drop rejected messages") as conn:
             dropped = trim_rejections(conn, max_bytes)
-            conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
+            if dropped:
+                conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
             return dropped
 
     def set_conditions(self, conditions: Iterable[Condition]) -> bool:
