@@ -121,6 +121,7 @@ class LogWatch:
         self._readers = readers
         self._looked_at = float("-inf")
         self._try_from = float("-inf")
+        self._bound = log_bound_bytes(max_bytes)
         self._tries = 0
         self._seen: deque[frozenset[LogReader]] = deque(maxlen=LOOKS_TO_SUSPECT)
         self._told: tuple[bool, frozenset[LogReader]] | None = None
@@ -141,7 +142,7 @@ class LogWatch:
             StorageFaultError: A checkpoint failed for another reason than a reader.
         """
         now = self._clock()
-        if now - self._looked_at < LOOK_INTERVAL_S:
+        if now - self._looked_at < LOOK_INTERVAL_S and not self._reaches_bound(owner):
             return None
         self._looked_at = now
         log_bytes = owner.wal_bytes()
@@ -153,10 +154,14 @@ class LogWatch:
         # Within each commit, in vain, they would take longer and longer. Said at each look, for
         # the owner may have opened the file again.
         owner.checkpoint_in_commits(wanted=False)
-        bound = self._bound_bytes(owner.path, log_bytes)
+        self._bound = bound = self._bound_bytes(owner.path, log_bytes)
         # Once it is full, a little room on the disk more or less does not matter.
         self.full = log_bytes >= (STILL_FULL_SHARE * bound if self.full else bound)
         return self._notice(owner.path, log_bytes, bound)
+
+    def _reaches_bound(self, owner: LogOwner) -> bool:
+        """Return whether the bound was reached since the last look: a burst does not wait."""
+        return self.pinned and not self.full and owner.wal_bytes() >= self._bound
 
     def _bound_bytes(self, path: Path, log_bytes: int) -> int:
         try:
@@ -235,17 +240,16 @@ class LogWatch:
             "file": str(path),
             "log_bytes": log_bytes,
             "bound_bytes": bound,
-            "readers": names,
+            "readers": names or "unknown",
             "remedy": remedy,
         }
         if self.full:
             message = (
-                f"write-ahead log at its bound: {self._stands_still} until the reader that pins it "
-                f"has ended: {names or 'unknown reader'}. Nothing is lost. {remedy}"
+                f"write-ahead log is at its bound: {self._stands_still}, until the reader that "
+                "pins it has ended"
             )
             return LogNotice("CRITICAL", message, values)
-        message = f"write-ahead log is pinned by a reader: {names or 'unknown reader'}. {remedy}"
-        return LogNotice("WARNING", message, values)
+        return LogNotice("WARNING", "write-ahead log is pinned by a reader", values)
 
 
 def _remedy(path: Path, readers: frozenset[LogReader]) -> str:
