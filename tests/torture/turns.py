@@ -20,6 +20,9 @@ SIZES: Mapping[str, int] = {
     "corruption": 21,
     "cloud_faults": 10,
     "mqtt_faults": 10,
+    "pinned_readers": 6,
+    "garbage": 4,
+    "tmpdir": 12,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
