@@ -20,7 +20,7 @@ KEPT_BYTES = 1024 * 1024
 
 MANY_ROWS = (
     "with recursive n (i) as (select 1 union all select i + 1 from n where i < 1000000) "
-    "select n.i, c.* from counters as c, n"
+    "select n.i, s.name from n, sqlite_schema as s"
 )
 """More than a pipe holds, of any of the files."""
 
@@ -44,7 +44,7 @@ def pager(path: Path, statement: str = MANY_ROWS) -> Iterator["subprocess.Popen[
     )
     assert process.stdout is not None
     try:
-        os.read(process.stdout.fileno(), 1)  # a row is there, so it has begun
+        assert os.read(process.stdout.fileno(), 1), "a row is there, so it has begun"
         yield process
     finally:
         process.kill()
