@@ -133,6 +133,8 @@ class Drain:
                 self._set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
             raise
         self._set_status("stopped", self._stop.reason)
+        if self._log_hold is not None:
+            self._log_hold.close()
         if self._reader is not None:
             self._reader.close()
 

@@ -5,6 +5,7 @@ all (:mod:`spool.logwatch`). So batches are made larger for as long as that last
 bound the delivery holds: what cannot be settled must not be sent.
 """
 
+import contextlib
 import logging
 
 from lifecycle import Watchdog, fields
@@ -75,6 +76,12 @@ class LogHold:
         except DiskFullError as error:
             log.warning("a condition could not be stored, the disk is full: %s", error)
         return self._watch.full
+
+    def close(self) -> None:
+        """Take the conditions back: who does not run sees nothing."""
+        # They stay where the file cannot be written, and the next start takes them back.
+        with contextlib.suppress(SpoolError):
+            self._state.set_conditions(())
 
     @property
     def detail(self) -> str:
