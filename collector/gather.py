@@ -8,6 +8,9 @@ is committed at once.
 
 A broker that allows few messages in flight sends nothing while we wait: then waiting brings
 nothing, and is given up for a while.
+
+While a reader pins the write-ahead log (:mod:`spool.logwatch`), each commit stays in it, so commits
+are stretched: at most one each :data:`STRETCHED_S`, and at once where nothing more comes.
 """
 
 import time
@@ -22,6 +25,16 @@ IN_VAIN_MAX = 8
 
 LEFT_OUT = 256
 
+STRETCHED_S = 0.5
+"""From one commit's begin to the next's while they are stretched: at 100 readings a second, 50
+readings share the three pages that each commit takes besides them."""
+
+SILENCE_S = 0.1
+"""A stretched wait in which so long nothing came ends: the broker waits for acknowledgements."""
+
+SILENT_FOR = 32
+"""So many waits after such a one end with as many messages as it had: that is the window."""
+
 
 class Gathering:
     """Decides before each commit how long to wait.
@@ -35,6 +48,26 @@ class Gathering:
         self._begun_at = float("-inf")
         self._in_vain = 0
         self._left_out = 0
+        self._window = 0
+        self._windows = 0
+        self.stretched = False
+        """Whether commits are to be few. Set by the thread that takes."""
+
+    def stretched_wait(self, max_messages: int) -> tuple[float, int]:
+        """Return how long a stretched commit may wait, and with how many messages it begins.
+
+        Args:
+            max_messages: With so many in any case.
+        """
+        left_s = max(0.0, self._begun_at + STRETCHED_S - self._clock())
+        if self._windows:
+            self._windows -= 1
+            return left_s, min(self._window, max_messages)
+        return left_s, max_messages
+
+    def silent(self, messages: int) -> None:
+        """Take note that nothing came for SILENCE_S while ``messages`` waited."""
+        self._window, self._windows = messages, SILENT_FOR
 
     def wait_s(self) -> float:
         """Return how long to wait for more; 0 for not at all."""

@@ -11,7 +11,9 @@ from spool import (
     SPOOL_DAMAGED,
     Ballast,
     Budget,
+    Conditions,
     Level,
+    LogWatch,
     Pruner,
     Retention,
     Salvage,
@@ -39,6 +41,9 @@ RETURN_SPACE_BUSY_INTERVAL_S = 0.05
 RETURN_SPACE_ABOVE_BYTES = 64 * 1024 * 1024
 """Free pages below this are kept for reuse; a file that was once large shrinks to it."""
 
+STANDS_STILL = "no message is acknowledged, the broker keeps what it can"
+"""What a write-ahead log at its bound means."""
+
 _LEVEL_TEXT = {
     Level.WARN: "the spool is filling up: over 80 % of SPOOL_MAX_BYTES",
     Level.PRESSURE: "the spool is nearly full: delivered readings are pruned early",
@@ -55,6 +60,7 @@ class Housekeeping:
         budget: SPOOL_MAX_BYTES.
         ballast: Given up on a full disk.
         salvage: A damaged spool to read from, if there is one.
+        log_watch: Of the spool's write-ahead log; one by the budget where it is not given.
         clock: Seconds, monotonic.
         now_us: Microseconds since 1970 UTC.
     """
@@ -67,6 +73,7 @@ class Housekeeping:
         budget: Budget,
         ballast: Ballast,
         salvage: Salvage | None = None,
+        log_watch: LogWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
@@ -76,6 +83,10 @@ class Housekeeping:
         self._budget = budget
         self._ballast = ballast
         self.salvage = salvage
+        self.log = log_watch or LogWatch(budget.max_bytes, stands_still=STANDS_STILL, clock=clock)
+        """The spool's write-ahead log."""
+        self.conditions = Conditions(clock)
+        """What the spool's view ``health`` shows."""
         self._clock = clock
         self._now_us = now_us
         self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
@@ -105,18 +116,59 @@ class Housekeeping:
                     writer.check_readable(sink.position_in(writer.epoch))
         if progress := self.progress_if_due():
             writer.write_progress(progress)
-        level = self.level(writer)
+        level = self._level_without_garbage(writer)
         if now - self._level_at >= LEVEL_INTERVAL_S:
             self._level_at = now
             self._tell_level(level, writer)
-        pruned = self._pruner.turn(
-            writer, self._progress, self._now_us(), pressure=level >= Level.PRESSURE
-        )
-        returned = not pruned and not self._pruner.along and self._return_space(writer, now)
-        self.more = bool(pruned) or returned or (self.salvage is not None)
+        pruned, returned = 0, False
+        if not self.log.full:  # else it would grow by what is deleted
+            pruned = self._pruner.turn(
+                writer, self._progress, self._now_us(), pressure=level >= Level.PRESSURE
+            )
+            returned = not pruned and not self._pruner.along and self._return_space(writer, now)
+        salvages = self.salvage is not None and not self.log.full
+        self.more = bool(pruned) or returned or salvages
         if now - self._ballast_at >= BALLAST_INTERVAL_S and level < Level.FULL:
             self._ballast_at = now
             self._ballast.take()
+        self.conditions.store(writer)
+
+    def look_at_log(self, writer: SpoolWriter) -> None:
+        """Work the write-ahead log off if it is long, and tell where a reader pins it.
+
+        Raises:
+            StorageFaultError: A checkpoint failed.
+        """
+        notice = self.log.look(writer)
+        self.log.report_to(self.conditions)
+        if notice is not None:
+            severity = logging.getLevelNamesMapping()[notice.severity]
+            log.log(severity, notice.message, extra=fields(**notice.values))
+
+    def while_log_full(self, writer: SpoolWriter) -> None:
+        """Do what has to be done although nothing should be written."""
+        now = self._clock()
+        if now - self._read_at >= PROGRESS_INTERVAL_S:
+            self._read_progress(now)
+        if progress := self.progress_if_due():
+            writer.write_progress(progress)
+        self.conditions.store(writer)
+
+    def _level_without_garbage(self, writer: SpoolWriter) -> Level:
+        """Return the level; where space is short, rejected messages go first."""
+        level = self.level(writer)
+        if level >= Level.PRESSURE and writer.trim_rejected(self._budget.rejected_bytes(level)):
+            level = self.level(writer)
+        return level
+
+    def limit_rejected(self, writer: SpoolWriter, level: Level) -> None:
+        """Say how much the rejected messages of the next batch may take."""
+        writer.rejected_max_bytes = self._budget.rejected_bytes(level)
+
+    @property
+    def group_bytes(self) -> int:
+        """How much one transaction may bring."""
+        return self._budget.group_bytes
 
     def snapshot(self, writer: SpoolWriter) -> None:
         """Store the sinks' positions now, as the last thing before the end."""
@@ -149,7 +201,7 @@ class Housekeeping:
     def _progress_due(self, now: float) -> bool:
         if now - self._stored_at >= UNCHANGED_PROGRESS_INTERVAL_S:
             return True
-        if now - self._stored_at < PROGRESS_INTERVAL_S:
+        if now - self._stored_at < PROGRESS_INTERVAL_S or self.log.full:
             return False
         return len(self._stored) != len(self._progress) or any(
             not new.same_as(old) for new, old in zip(self._progress, self._stored, strict=True)
@@ -157,7 +209,8 @@ class Housekeeping:
 
     def _return_space(self, writer: SpoolWriter, now: float) -> bool:
         """Give free pages back, where there are many; return whether to go on at once."""
-        if writer.free_bytes() <= RETURN_SPACE_ABOVE_BYTES:
+        # A pinned log would grow by more than the file becomes smaller.
+        if self.log.pinned or writer.free_bytes() <= RETURN_SPACE_ABOVE_BYTES:
             return False
         if not self._pruner.busy:
             writer.return_space(RETURN_SPACE_STEP_BYTES)
@@ -169,6 +222,8 @@ class Housekeeping:
 
     def make_room(self, writer: SpoolWriter, *, drop_oldest: bool) -> bool:
         """Free space for a batch that does not fit; return whether anything was freed."""
+        if writer.trim_rejected(0):
+            return True
         self._read_progress(self._clock())
         if self._retention.prune_step(writer, self._progress, self._now_us(), pressure=True):
             return True
@@ -190,6 +245,8 @@ class Housekeeping:
         What is still in the damaged file is safe there, so the last tenth is left for readings
         that are not.
         """
+        if self.log.full:
+            return False
         if self.level(writer, SALVAGE_STEP_BYTES) < Level.PRESSURE:
             return True
         self.more = self.make_room(writer, drop_oldest=False)

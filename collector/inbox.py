@@ -6,12 +6,14 @@ TCP holds the broker back.
 """
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from collector.gather import ENOUGH_MESSAGES, Gathering
+from collector.gather import ENOUGH_MESSAGES, SILENCE_S, Gathering
 from collector.packets import Message
+from spool import ROW_OVERHEAD_BYTES
 
 INBOX_MAX_MESSAGES = 10_000
 INBOX_MAX_BYTES = 4 * 1024 * 1024
@@ -26,6 +28,41 @@ class Delivered(NamedTuple):
     messages: list[Message]
     size: int
     """Bytes of topics and payloads."""
+
+
+def parts(taken: list[Delivered], max_bytes: int) -> Iterator[list[Delivered]]:
+    """Yield what was taken, in order, cut into parts for one transaction each.
+
+    Args:
+        taken: From :meth:`Inbox.take`.
+        max_bytes: A part ends before the message that would bring it above this, counted as it
+            will be stored; one message is a part in any case.
+    """
+    size = sum(item.size + ROW_OVERHEAD_BYTES * len(item.messages) for item in taken)
+    if size <= max_bytes:  # always, but in a small spool
+        if taken:
+            yield taken
+        return
+    part: list[Delivered] = []
+    part_bytes = 0
+    for generation, received_us, messages, _ in taken:
+        cut: list[Message] = []
+        cut_bytes = 0
+        for message in messages:
+            one_bytes = len(message.topic) + len(message.payload)
+            stored = one_bytes + ROW_OVERHEAD_BYTES
+            if part_bytes and part_bytes + stored > max_bytes:
+                if cut:
+                    part.append(Delivered(generation, received_us, cut, cut_bytes))
+                yield part
+                part, part_bytes, cut, cut_bytes = [], 0, [], 0
+            cut.append(message)
+            cut_bytes += one_bytes
+            part_bytes += stored
+        if cut:
+            part.append(Delivered(generation, received_us, cut, cut_bytes))
+    if part:
+        yield part
 
 
 class Inbox:
@@ -95,7 +132,15 @@ class Inbox:
             self._on_room()
         return taken
 
+    def stretch(self, *, wanted: bool) -> None:
+        """Have what comes wait longer for more, or not. From the taking thread."""
+        self._gathering.stretched = wanted
+
     def _gather(self) -> None:
+        if self._gathering.stretched:
+            self._gather_long()
+            self._gathering.begins()
+            return
         had = self._messages
         wait_s = self._gathering.wait_s() if had < ENOUGH_MESSAGES and not self._closed else 0.0
         if wait_s:
@@ -104,6 +149,21 @@ class Inbox:
             self._wanted = 1
             self._gathering.waited(in_vain=self._messages == had)
         self._gathering.begins()
+
+    def _gather_long(self) -> None:
+        # Half of the inbox: the network thread is not to stop reading for the wait.
+        left_s, enough = self._gathering.stretched_wait(INBOX_MAX_MESSAGES // 2)
+        while self._messages < enough and self._bytes < INBOX_MAX_BYTES // 2 and not self._closed:
+            if left_s <= 0:
+                break
+            had, begun = self._messages, time.monotonic()
+            self._wanted = enough
+            self._changed.wait(min(left_s, SILENCE_S))
+            if self._messages == had and left_s >= SILENCE_S:
+                self._gathering.silent(had)
+                break
+            left_s -= time.monotonic() - begun
+        self._wanted = 1
 
     def close(self) -> None:
         """Say that nothing more will come."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from collector.dedup import DedupWindow
 from collector.housekeeping import Housekeeping
-from collector.inbox import Delivered, Inbox
+from collector.inbox import Delivered, Inbox, parts
 from collector.paho_client import Ack
 from collector.validation import Validator
 from lifecycle import RateLimitedLog, StopRequest, Watchdog, fields
@@ -55,6 +55,8 @@ class _Group:
     counts: Counter[str] = field(default_factory=Counter)
     acks: list[tuple[int, list[Ack]]] = field(default_factory=list)
     size: int = 0
+    """Bytes that the readings will take. Rejected messages have a ring of their own, and
+    duplicates take nothing: for neither may a reading be dropped or refused."""
 
 
 class Store:
@@ -97,6 +99,7 @@ class Store:
         self._stop = stop
         self._watchdog = watchdog
         self._notices = RateLimitedLog(log)
+        self._house.log.before_try = watchdog.allow
         self._meta: dict[str, str] = {}
         self._window = DedupWindow(dedup_window, writer.tail_event_ids(dedup_window))
         self._thread = threading.Thread(target=self._run, name="writer")
@@ -138,6 +141,7 @@ class Store:
     def _farewell(self) -> None:
         try:
             self._house.snapshot(self._writer)
+            self._writer.set_conditions(())  # who does not run sees nothing
             self._writer.checkpoint()
         except SpoolError as error:
             # Everything acknowledged is durable without it; the next start does it.
@@ -146,9 +150,10 @@ class Store:
     def _turn(self) -> bool:
         """Store and acknowledge what waits; return whether to go on."""
         self._watchdog.beat(LOOP)
+        self._look_at_log()
         taken = self._inbox.take(GROUP_MAX_MESSAGES, 0.0 if self._house.more else IDLE_WAIT_S)
-        if taken:
-            group = self._group(taken)
+        for part in parts(taken, self._house.group_bytes):
+            group = self._group(part)
             if not self._commit(group):
                 # Asked to stop while there was no room: the broker keeps these messages, and
                 # so also what came after them. A later, smaller group might fit, and would
@@ -170,9 +175,18 @@ class Store:
         self._notices.flush()
         return True
 
+    def _look_at_log(self) -> None:
+        self._checkpointed(lambda: self._house.look_at_log(self._writer))
+        # A pinned log keeps every page of every commit.
+        self._inbox.stretch(wanted=self._house.log.pinned)
+
     def _checkpoint(self) -> None:
+        if not self._house.log.pinned:
+            self._checkpointed(self._writer.checkpoint_if_due)
+
+    def _checkpointed(self, checkpoint: Callable[[], None]) -> None:
         try:
-            self._writer.checkpoint_if_due()
+            checkpoint()
         except CorruptFileError:
             raise
         except SpoolError as error:
@@ -196,12 +210,14 @@ class Store:
         check, add = self._validator.check, self._window.add
         for generation, received_us, messages, size in taken:
             acks: list[Ack] = []
+            no_reading_bytes = 0
             for message in messages:
                 topic, payload, qos, retained, mid, _ = message
                 identity = event_id(topic, payload)
                 reading, rejection, site_differs = check(message, identity, received_us)
                 if rejection is not None:
                     group.rejections.append(rejection)
+                    no_reading_bytes += len(topic) + len(payload) + ROW_OVERHEAD_BYTES
                     self._tell_rejection(rejection)
                 elif reading is not None and add(identity):
                     readings.append(reading)
@@ -209,6 +225,7 @@ class Store:
                         self._tell_mismatch(counts, reading)
                 else:
                     counts["duplicates"] += 1
+                    no_reading_bytes += len(topic) + len(payload) + ROW_OVERHEAD_BYTES
                 if qos:
                     acks.append((qos, mid))
                 else:
@@ -216,7 +233,7 @@ class Store:
                 if retained:
                     counts["retained"] += 1
             counts["received"] += len(messages)
-            group.size += size + ROW_OVERHEAD_BYTES * len(messages)
+            group.size += size + ROW_OVERHEAD_BYTES * len(messages) - no_reading_bytes
             if acks:
                 group.acks.append((generation, acks))
         counts["spooled"] += len(group.readings)
@@ -257,7 +274,12 @@ class Store:
         while True:
             self._watchdog.beat(LOOP)
             try:
-                if self._house.level(self._writer, group.size) < Level.FULL:
+                if not self._log_has_room():
+                    return False
+                level = self._house.level(self._writer, group.size)
+                if level < Level.FULL:
+                    if group.rejections:
+                        self._house.limit_rejected(self._writer, level)
                     progress = self._house.progress_if_due()
                     self._writer.append(group.readings, group.rejections, group.counts, progress)
                     if told_at is not None:
@@ -271,9 +293,27 @@ class Store:
             if told_at is None or time.monotonic() - told_at >= FULL_REMINDER_S:
                 told_at = time.monotonic()
                 self._tell_full()
-            if self._stop.requested:
+            if self._pause():
                 return False
+
+    def _log_has_room(self) -> bool:
+        """Wait while a reader keeps the write-ahead log at its bound; False if stopped.
+
+        The log watch tells of it, and when it is over. No reading is dropped for it.
+        """
+        while self._house.log.full:
+            self._watchdog.beat(LOOP)
+            self._house.while_log_full(self._writer)
+            if self._pause():
+                return False
+            self._look_at_log()
+        return True
+
+    def _pause(self) -> bool:
+        """Wait until it is worth looking for room again; return whether to stop instead."""
+        if not self._stop.requested:
             time.sleep(ROOM_CHECK_S)
+        return self._stop.requested
 
     def _tell_full(self) -> None:
         log.critical(

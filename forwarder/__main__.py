@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from forwarder.drain import LOOP, Drain
+from forwarder.loghold import LogHold
 from forwarder.registry import build
 from lifecycle import (
     SINKS,
@@ -80,6 +81,7 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
             max_rate=settings.max_drain_rate,
             stop=stop,
             watchdog=watchdog,
+            log_hold=LogHold(state, settings.spool_max_bytes, watchdog),
         ).run()
     except CorruptFileError as error:
         if error.path != state.path:

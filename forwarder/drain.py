@@ -18,6 +18,7 @@ from pathlib import Path
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.batch import Batch, Checked, check, find_gaps
 from forwarder.dead_letters import DeadLetterWatch
+from forwarder.loghold import LOOK_S, LogHold
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
@@ -80,6 +81,7 @@ class Drain:
         max_rate: MAX_DRAIN_RATE, rows per second; 0 for no limit.
         stop: When to end.
         watchdog: Told at each turn.
+        log_hold: Watches the write-ahead log of the sink's file; none, and nobody does.
         jitter: Returns a number from 0 to 1.
         clock: Seconds, monotonic.
     """
@@ -94,6 +96,7 @@ class Drain:
         max_rate: int,
         stop: StopRequest,
         watchdog: Watchdog,
+        log_hold: LogHold | None = None,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -105,6 +108,7 @@ class Drain:
         self._max_rate = max_rate
         self._stop = stop
         self._watchdog = watchdog
+        self._log_hold = log_hold
         self._jitter = jitter
         self._clock = clock
         self._reader: SpoolReader | None = None
@@ -131,6 +135,8 @@ class Drain:
                 self._set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
             raise
         self._set_status("stopped", self._stop.reason)
+        if self._log_hold is not None:
+            self._log_hold.close()
         if self._reader is not None:
             self._reader.close()
 
@@ -149,6 +155,7 @@ class Drain:
             if reader is None:
                 self._stop.wait(SPOOL_CHECK_S)
                 continue
+            self._hold_for_log()
             if reader.changed() and self._drain_available(reader):
                 last_row_at = self._clock()
                 # Rows that come close together go together; where the service took long,
@@ -215,6 +222,8 @@ class Drain:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
         while self._room_for_dead_letters(reader):
+            if self._hold_for_log():
+                break
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
             rows = batch.rows
             if not rows:
@@ -230,6 +239,11 @@ class Drain:
             self._deliver(reader, batch)
             if self._max_rate:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
+            if self._log_hold is not None:
+                full = len(rows) >= self._batch_rows or batch.shortened
+                pause_s = self._log_hold.pause_s(self._clock() - begun, more=full)
+                if pause_s:
+                    self._stop.wait(pause_s)
         self._ahead.forget()
         return any_rows
 
@@ -248,6 +262,19 @@ class Drain:
         if held:
             self._set_status("delivering", self._letters.notice())
         return not self._stop.requested
+
+    def _hold_for_log(self) -> bool:
+        """While the log of the sink's file is at its bound, deliver nothing; return if stopped."""
+        held = False
+        while self._log_hold is not None and self._log_hold.look():
+            held = True
+            self._set_status("on hold", self._log_hold.detail)
+            self._watchdog.beat(LOOP)
+            if self._stop.wait(LOOK_S):
+                return True
+        if held:
+            self._set_status("delivering", self._letters.notice())
+        return False
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
@@ -286,6 +313,8 @@ class Drain:
         self._letters.report(batch.dead)
         failures = 0
         while True:
+            if self._log_hold is not None:
+                self._log_hold.look()  # tries may go on for days
             delivery = self._sink.deliver(todo) if todo else Delivery()
             self._watchdog.beat(LOOP)
             # A service's words are read in terminals, and may be anybody's (a captive portal's).

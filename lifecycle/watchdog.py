@@ -44,6 +44,12 @@ class Watchdog:
             self._armed_at = now
             faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.stderr)
 
+    def allow(self, timeout_s: float) -> None:
+        """Let what begins now take ``timeout_s`` longer than usual, until every loop has turned."""
+        self._seen.clear()
+        self._armed_at = self._clock()
+        faulthandler.dump_traceback_later(self._timeout_s + timeout_s, exit=True, file=sys.stderr)
+
     def stop(self) -> None:
         """Disarm."""
         faulthandler.cancel_dump_traceback_later()

@@ -37,13 +37,19 @@ behind its cursor (:class:`SinkFiles`).
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
-messages are a ring with limits of its own. ``DEAD_LETTER_MAX_BYTES`` (:class:`DeadLetters`), in
-each sink's file: when it is full that sink holds. On a full disk the :class:`Ballast` is given up.
+messages are a ring with a share of it, the first to give way. ``DEAD_LETTER_MAX_BYTES``
+(:class:`DeadLetters`), in each sink's file: when it is full that sink holds. On a full disk the
+:class:`Ballast` is given up. The write-ahead logs do not count: each has a bound of its own, at
+which its owner commits nothing more until the reader that keeps it has ended (:class:`LogWatch`).
+
+**Health.** What its owner knows to be wrong with a file stands in its table ``condition``
+(:class:`Conditions`), for people in the view ``health``.
 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
 from spool.apart import prepare_apart
+from spool.conditions import Condition, Conditions
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
 from spool.errors import (
     CorruptFileError,
@@ -60,6 +66,7 @@ from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
 from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
+from spool.logwatch import LogNotice, LogWatch
 from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import (
@@ -88,6 +95,8 @@ __all__ = [
     "AppendJournal",
     "Ballast",
     "Budget",
+    "Condition",
+    "Conditions",
     "CorruptFileError",
     "CursorAheadError",
     "Cut",
@@ -98,6 +107,8 @@ __all__ = [
     "Gap",
     "Journal",
     "Level",
+    "LogNotice",
+    "LogWatch",
     "NewReading",
     "NewerFormatError",
     "Pruner",

@@ -111,6 +111,19 @@ def _configure_owner(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA trusted_schema=OFF")
     # 2 MiB of page cache: rows are appended and read in order, so more does not help.
     conn.execute("PRAGMA cache_size=-2048")
+    keep_temporary_in_memory(conn)
+
+
+def keep_temporary_in_memory(conn: sqlite3.Connection) -> None:
+    """Have SQLite write no temporary file.
+
+    An INSERT of several rows keeps a statement journal. Beyond 64 KiB it spills to a file in
+    SQLite's temporary directory (SQLITE_TMPDIR, TMPDIR, /var/tmp, /tmp), and a full or read-only
+    file system there would fail a commit although the spool's own disk has room
+    (https://www.sqlite.org/tempfiles.html, sections 2.6 and 3). A statement journal holds the
+    pages that one statement changes, so the memory is bounded by a batch.
+    """
+    conn.execute("PRAGMA temp_store=MEMORY")
 
 
 def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
@@ -150,6 +163,7 @@ def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
             # is then read as far as it goes (lockBtree in SQLite's btree.c).
             conn.execute("PRAGMA writable_schema=ON")
         conn.execute("PRAGMA cache_size=-2048")
+        keep_temporary_in_memory(conn)
         conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     except sqlite3.Error as error:
         conn.close()

@@ -1,6 +1,7 @@
 """What can go wrong with the files, each with the operation, the file and the next step."""
 
 import errno
+import os
 import sqlite3
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     if primary in _CORRUPT:
         return CorruptFileError(f"{what}; the file is damaged or not ours", path)
     if primary == sqlite3.SQLITE_FULL:
-        return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+        return DiskFullError(f"{what}; {_room_at(path.parent)}")
     if code in _READ_FAILED:
         return _unreadable(what, path)
     return StorageFaultError(f"{what}; {_check_the_disk(path)}")
@@ -95,6 +96,33 @@ def _unreadable(what: str, path: Path) -> UnreadableFileError:
         "pass, its owner sets the file aside by itself after some minutes of restarts; if its "
         "owner has not met it: supervisorctl restart collector",
         path,
+    )
+
+
+PLENTY_BYTES = 64 * 1024 * 1024
+"""More than one commit takes: where so much is free, it is not the disk that is full."""
+
+
+def _room_at(directory: Path) -> str:
+    """Say which file system has no room, how much it reports, and where to look.
+
+    SQLite writes no temporary files (:func:`spool.connection.keep_temporary_in_memory`), so no
+    other file system can be meant.
+    """
+    try:
+        mount = next((p for p in (directory, *directory.parents) if p.is_mount()), directory)
+        room = os.statvfs(directory)
+    except OSError:
+        return f"free space on the file system of {directory}: df -h {directory}"
+    free_bytes = room.f_bavail * room.f_frsize
+    if free_bytes < PLENTY_BYTES:
+        return (
+            f"the file system at {mount} has {free_bytes} bytes free; free space on it: df -h "
+            f"{directory}"
+        )
+    return (
+        f"the file system at {mount} has {free_bytes} bytes free, so a limit may be what is "
+        f"reached: a quota (quota -u sluice; repquota {mount}) or the size of a file (ulimit -f)"
     )
 
 
@@ -119,7 +147,7 @@ def file_fault(error: OSError, operation: str, path: Path) -> StorageFaultError:
     """
     what = f"{operation} of {path} failed: {error}"
     if error.errno in _NO_ROOM:
-        return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+        return DiskFullError(f"{what}; {_room_at(path.parent)}")
     return StorageFaultError(f"{what}; {_check_the_disk(path)}")
 
 

@@ -51,6 +51,11 @@ def _spool_1(db: Database) -> None:
     _run_script(db, "spool_1.sql", 1)
 
 
+@spool_migrations(name="2")
+def _spool_2(db: Database) -> None:
+    _run_script(db, "spool_2.sql", 2)
+
+
 @sink_migrations(name="1")
 def _sink_1(db: Database) -> None:
     _run_script(db, "sink_1.sql", 1)

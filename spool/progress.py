@@ -16,6 +16,19 @@ UNDECLARED = "undeclared"
 """The state of a sink whose file lies in SPOOL_DIR, but which this release does not know."""
 
 
+# What was last seen of a file that cannot be read now is what a new one begins with.
+SET_PROGRESS = (
+    "INSERT INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
+    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (sink) DO UPDATE SET "
+    "enabled=excluded.enabled, state=excluded.state, detail=excluded.detail, "
+    "as_of_us=excluded.as_of_us, (cursor_seq, delivered, dead_letters, dropped) = ("
+    "SELECT iif(seen, excluded.cursor_seq, cursor_seq), iif(seen, excluded.delivered, delivered), "
+    "iif(seen, excluded.dead_letters, dead_letters), iif(seen, excluded.dropped, dropped) "
+    "FROM (SELECT excluded.state NOT IN ('no file', 'unreadable') AS seen))"
+)
+"""Takes a :meth:`SinkProgress.row`."""
+
+
 @dataclass(frozen=True, slots=True)
 class SinkProgress:
     """One sink's position at one moment."""
@@ -35,6 +48,20 @@ class SinkProgress:
     def position_in(self, epoch: str) -> int:
         """Return the cursor if it belongs to ``epoch``, else 0: then it has passed nothing."""
         return self.seq if self.epoch == epoch else 0
+
+    def row(self, epoch: str) -> tuple[object, ...]:
+        """Return the columns of ``sink_progress`` for the spool of ``epoch``."""
+        return (
+            self.sink,
+            int(self.enabled),
+            self.position_in(epoch),
+            self.delivered,
+            self.dead_lettered,
+            self.dropped,
+            self.state,
+            self.detail,
+            self.as_of_us,
+        )
 
     def same_as(self, other: "SinkProgress") -> bool:
         """Return whether nothing but the time differs."""

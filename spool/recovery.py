@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from spool.connection import keep_temporary_in_memory
 from spool.pages import TABLE_LEAF, PageImages, Value, cells, record_at, rowid_at
 from spool.records import READING_COLUMNS, NewReading, Reading, intact
 
@@ -96,6 +97,7 @@ class Salvage:
             return
         self._facts = _facts(self._images)
         self._index = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        keep_temporary_in_memory(self._index)
         self._index.execute(_INDEX)
         self.skip_to(self._number("app_env_from_seq"))
 

@@ -5,15 +5,17 @@ The forwarder moves its cursor; the collector looks at it and prunes behind it.
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spool.connection import format_version, open_owner
+from spool.conditions import Condition, load_conditions, write_conditions
+from spool.connection import WAL_CHECKPOINT_PAGES, format_version, open_owner
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
+from spool.logwatch import restart_log, wal_bytes
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
 SINK_FORMAT = 3
@@ -71,6 +73,7 @@ class SinkState:
     ) -> None:
         self._conn = conn
         self.path = path
+        self._conditions = load_conditions(conn)
         self.restored = restored
         """What the file began with, if this opening made it in the place of a damaged one."""
         self.dead_letters = DeadLetters(self, dead_letter_max_bytes)
@@ -111,15 +114,11 @@ class SinkState:
                 from spool.migrations import migrate, sink_migrations  # noqa: PLC0415 - see there
 
                 migrate(conn, sink_migrations, initialise)
+            state = cls(conn, path, restored, dead_letter_max_bytes)
+            state.dead_letters.note_limit()
         except sqlite3.Error as error:
             conn.close()
             raise translated(error, "open", path) from error
-        except BaseException:
-            conn.close()
-            raise
-        state = cls(conn, path, restored, dead_letter_max_bytes)
-        try:
-            state.dead_letters.note_limit()
         except BaseException:
             conn.close()
             raise
@@ -214,6 +213,36 @@ class SinkState:
                 self._conn.executescript(f"PRAGMA incremental_vacuum({RETURN_STEP_PAGES})")
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
+
+    def set_conditions(self, conditions: Iterable[Condition]) -> bool:
+        """Have ``health`` show these conditions and no others; return whether that was news."""
+        wanted = {c.name: c for c in conditions}
+        if wanted == self._conditions:
+            return False
+        with self.transaction("store the conditions") as conn:
+            write_conditions(conn, self._conditions, wanted)
+        self._conditions = wanted
+        return True
+
+    def wal_bytes(self) -> int:
+        """Return the size of the write-ahead log."""
+        return wal_bytes(self.path)
+
+    def restart_log(self) -> bool:
+        """Move the write-ahead log into the database as far as readers allow, without waiting.
+
+        Returns:
+            Whether it begins again.
+        """
+        try:
+            return restart_log(self._conn)
+        except sqlite3.Error as error:
+            raise translated(error, "checkpoint", self.path) from error
+
+    def checkpoint_in_commits(self, *, wanted: bool) -> None:
+        """Have SQLite make checkpoints within commits, as it does by itself."""
+        pages = WAL_CHECKPOINT_PAGES if wanted else 0
+        self._conn.execute(f"PRAGMA wal_autocheckpoint={pages}")
 
     def counters(self) -> dict[str, int]:
         """Return the running totals."""

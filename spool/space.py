@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from spool.connection import WAL_KEPT_BYTES
 from spool.files import BALLAST_FILE
+from spool.insertion import REJECTED_KEPT_BYTES
 from spool.writer import SpoolWriter
 
 WARN_AT = 0.80
@@ -15,6 +15,13 @@ WARN_AT = 0.80
 
 PRESSURE_AT = 0.90
 """From this share delivered rows are pruned whatever their retention."""
+
+REJECTED_SHARE = 8
+"""Rejected messages get one part in this many of SPOOL_MAX_BYTES, and as small a part of that from
+PRESSURE_AT on."""
+
+GROUP_SHARE = 8
+"""One transaction gets one part in this many of SPOOL_MAX_BYTES; 5,000 readings are 1.5 MB."""
 
 ROW_OVERHEAD_BYTES = 160
 """What a row costs beside topic and payload: numbers, names, header, slack of its page."""
@@ -41,15 +48,28 @@ class Budget:
 
     def level(self, writer: SpoolWriter, incoming_bytes: int = 0) -> Level:
         """Return how full the spool would be with ``incoming_bytes`` more."""
-        # A write-ahead log within its usual size is working room; one that a long reader has
-        # made grow beyond it takes space from the readings.
-        used = writer.used_bytes() + max(0, writer.wal_bytes() - WAL_KEPT_BYTES)
+        # The write-ahead log has a bound of its own (spool.logwatch): no reading is dropped, pruned
+        # early or refused for the bytes that a reader keeps in it.
+        used = writer.used_bytes()
         # A batch is at most some MB; a small limit must not refuse it for ever for its size.
         if used + min(incoming_bytes, self.max_bytes // 4) > self.max_bytes:
             return Level.FULL
         if used >= PRESSURE_AT * self.max_bytes:
             return Level.PRESSURE
         return Level.WARN if used >= WARN_AT * self.max_bytes else Level.GOOD
+
+    def rejected_bytes(self, level: Level) -> int:
+        """Return how much the ring of rejected messages may hold at this level.
+
+        It is the first to give way, so that garbage takes no room from readings.
+        """
+        usual = min(REJECTED_KEPT_BYTES, self.max_bytes // REJECTED_SHARE)
+        return usual if level < Level.PRESSURE else usual // REJECTED_SHARE
+
+    @property
+    def group_bytes(self) -> int:
+        """How much one transaction may bring, so that none leads far over the limit."""
+        return self.max_bytes // GROUP_SHARE
 
 
 class Ballast:

@@ -3,30 +3,35 @@
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spool.bell import Bell
+from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import format_version, open_owner, refuse_orphaned_log
-from spool.errors import (
-    CorruptFileError,
-    NewerFormatError,
-    file_fault,
-    translated,
+from spool.deletion import delete_readings
+from spool.errors import CorruptFileError, NewerFormatError, file_fault, translated
+from spool.files import spool_path
+from spool.insertion import (
+    ADD_COUNTER,
+    KEPT_BYTES,
+    REJECTED_KEPT_BYTES,
+    SET_META,
+    insert_readings,
+    insert_rejections,
+    trim_rejections,
 )
-from spool.files import SIDE_SUFFIXES, spool_path
-from spool.insertion import ADD_COUNTER, insert_readings, insert_rejections
+from spool.logwatch import restart_log, truncate_log, wal_bytes
+from spool.progress import SET_PROGRESS, SinkProgress
 from spool.records import PAYLOAD, NewReading, Rejection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spool.progress import SinkProgress
-
-SPOOL_FORMAT = 1
+SPOOL_FORMAT = 2
 
 CHECK_ROWS = 20_000
 """More than any sink reads at once."""
@@ -43,20 +48,6 @@ UNFORESEEN = 1.5
 much longer than it is meant to be, for on a full disk its room is somebody else's."""
 
 _payload = itemgetter(PAYLOAD - 1)  # of a NewReading
-_SET_META = (
-    "INSERT INTO meta (key, value) VALUES (?, ?) "
-    "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
-)
-# What was last seen of a file that cannot be read now is what a new one begins with.
-_SET_PROGRESS = (
-    "INSERT INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
-    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (sink) DO UPDATE SET "
-    "enabled=excluded.enabled, state=excluded.state, detail=excluded.detail, "
-    "as_of_us=excluded.as_of_us, (cursor_seq, delivered, dead_letters, dropped) = ("
-    "SELECT iif(seen, excluded.cursor_seq, cursor_seq), iif(seen, excluded.delivered, delivered), "
-    "iif(seen, excluded.dead_letters, dead_letters), iif(seen, excluded.dropped, dropped) "
-    "FROM (SELECT excluded.state NOT IN ('no file', 'unreadable') AS seen))"
-)
 
 
 class SpoolWriter:
@@ -78,11 +69,14 @@ class SpoolWriter:
         self._page_bytes = int(page_bytes)
         (pages,) = conn.execute("PRAGMA wal_autocheckpoint").fetchone()
         self._checkpoint_pages = int(pages)
-        conn.execute(f"PRAGMA wal_autocheckpoint={int(UNFORESEEN * self._checkpoint_pages)}")
+        self.checkpoint_in_commits(wanted=True)
         self._log_pages = self.wal_bytes() // self._page_bytes
         """About so many have been added to the write-ahead log since the last checkpoint."""
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
+        self._conditions = load_conditions(conn)
+        self.rejected_max_bytes = REJECTED_KEPT_BYTES
+        """The limit of the ring of rejected messages from the next append on."""
 
     @classmethod
     def open(cls, directory: Path) -> "SpoolWriter":
@@ -162,7 +156,7 @@ class SpoolWriter:
         readings: Sequence[NewReading],
         rejections: Sequence[Rejection],
         counts: Mapping[str, int],
-        progress: "Sequence[SinkProgress]" = (),
+        progress: Sequence[SinkProgress] = (),
         meta: Mapping[str, str] | None = None,
     ) -> None:
         """Make a batch durable: readings, rejected messages and what they add to the counters.
@@ -179,44 +173,33 @@ class SpoolWriter:
             if along is not None:
                 # Before the new rows, which then take the pages that these leave.
                 seq, older_than_us = along
-                deleted = _delete(conn, seq, "pruned", older_than_us)
+                deleted = delete_readings(conn, seq, "pruned", older_than_us)
                 self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             if readings:
                 insert_readings(conn, readings)
-            dropped = insert_rejections(conn, rejections) if rejections else 0
+            dropped = (
+                insert_rejections(conn, rejections, self.rejected_max_bytes) if rejections else 0
+            )
             conn.executemany(ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             if dropped:
                 conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
             if progress:
                 self._set_progress(conn, progress)
             if meta:
-                conn.executemany(_SET_META, list(meta.items()))
+                conn.executemany(SET_META, list(meta.items()))
         size = sum(map(len, map(_payload, readings))) + sum(len(r[4]) for r in rejections)
         self._log_pages += (size + BYTES_OF_A_ROW * len(readings)) // self._page_bytes
         if readings:
             self._bell.ring()
 
-    def write_progress(self, progress: "Iterable[SinkProgress]") -> None:
+    def write_progress(self, progress: Iterable[SinkProgress]) -> None:
         """Store a snapshot of the sinks' positions."""
         with self._transaction("store the sinks' progress") as conn:
             self._set_progress(conn, progress)
 
-    def _set_progress(self, conn: sqlite3.Connection, progress: "Iterable[SinkProgress]") -> None:
+    def _set_progress(self, conn: sqlite3.Connection, progress: Iterable[SinkProgress]) -> None:
         conn.execute("UPDATE sink_progress SET enabled = 0")  # what is gone leaves the backlog
-        conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
-
-    def _progress_row(self, p: "SinkProgress") -> tuple[object, ...]:
-        return (
-            p.sink,
-            int(p.enabled),
-            p.position_in(self.epoch),
-            p.delivered,
-            p.dead_lettered,
-            p.dropped,
-            p.state,
-            p.detail,
-            p.as_of_us,
-        )
+        conn.executemany(SET_PROGRESS, [p.row(self.epoch) for p in progress])
 
     def delete_through(self, seq: int, counter: str, *, older_than_us: int | None = None) -> int:
         """Delete readings up to ``seq`` and add their number to ``counter``; return it.
@@ -227,7 +210,7 @@ class SpoolWriter:
             older_than_us: If given, only those received before this time.
         """
         with self._transaction("delete") as conn:
-            deleted = _delete(conn, seq, counter, older_than_us)
+            deleted = delete_readings(conn, seq, counter, older_than_us)
             self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             return deleted
 
@@ -271,7 +254,7 @@ class SpoolWriter:
     def set_meta(self, key: str, value: str) -> None:
         """Store ``value`` under ``key``."""
         with self._transaction("write meta") as conn:
-            conn.execute(_SET_META, (key, value))
+            conn.execute(SET_META, (key, value))
 
     def tail_event_ids(self, count: int) -> list[bytes]:
         """Return the ids of the last ``count`` readings, oldest first."""
@@ -312,17 +295,28 @@ class SpoolWriter:
         return self._value("PRAGMA freelist_count") * self._page_bytes
 
     def wal_bytes(self) -> int:
-        """Return the size of the write-ahead log.
+        """Return the size of the write-ahead log."""
+        return wal_bytes(self.path)
 
-        Raises:
-            StorageFaultError: The disk does not tell.
-        """
-        try:
-            return self.path.with_name(self.path.name + SIDE_SUFFIXES[1]).stat().st_size
-        except FileNotFoundError:
+    def trim_rejected(self, max_bytes: int) -> int:
+        """Drop the oldest rejected messages down to ``max_bytes``; return how many."""
+        if self.counter(KEPT_BYTES) <= max_bytes:
             return 0
-        except OSError as error:
-            raise file_fault(error, "look for the write-ahead log", self.path) from error
+        with self._transaction("drop rejected messages") as conn:
+            dropped = trim_rejections(conn, max_bytes)
+            if dropped:
+                conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
+            return dropped
+
+    def set_conditions(self, conditions: Iterable[Condition]) -> bool:
+        """Have ``health`` show these conditions and no others; return whether that was news."""
+        wanted = {c.name: c for c in conditions}
+        if wanted == self._conditions:
+            return False
+        with self._transaction("store the conditions") as conn:
+            write_conditions(conn, self._conditions, wanted)
+        self._conditions = wanted
+        return True
 
     def return_space(self, max_bytes: int) -> None:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
@@ -351,13 +345,33 @@ class SpoolWriter:
         except sqlite3.Error as error:
             raise translated(error, "checkpoint", self.path) from error
 
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database and cut it, as far as readers allow."""
+    def checkpoint(self) -> bool:
+        """Move the write-ahead log into the database and cut it; return whether it was cut.
+
+        It is not, where a reader stays longer than a moment.
+        """
+        return self._work_off(truncate_log)
+
+    def restart_log(self) -> bool:
+        """Move the write-ahead log into the database as far as readers allow, without waiting.
+
+        Returns:
+            Whether it begins again.
+        """
+        return self._work_off(restart_log)
+
+    def _work_off(self, how: Callable[[sqlite3.Connection], bool]) -> bool:
         try:
-            self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._log_pages = 0
+            done = how(self._conn)
         except sqlite3.Error as error:
             raise translated(error, "checkpoint", self.path) from error
+        self._log_pages = 0
+        return done
+
+    def checkpoint_in_commits(self, *, wanted: bool) -> None:
+        """Have SQLite make a checkpoint within a commit where the log is unexpectedly long."""
+        pages = int(UNFORESEEN * self._checkpoint_pages) if wanted else 0
+        self._conn.execute(f"PRAGMA wal_autocheckpoint={pages}")
 
 
 def _open_bell(directory: Path) -> Bell:
@@ -380,21 +394,3 @@ def _migrate(conn: sqlite3.Connection, path: Path) -> None:
         migrate(conn, spool_migrations, initialise)
     except OSError as error:
         raise file_fault(error, "migration", path) from error
-
-
-def _delete(conn: sqlite3.Connection, seq: int, counter: str, older_than_us: int | None) -> int:
-    sql = "DELETE FROM reading_row WHERE seq <= ?"
-    parameters: tuple[int, ...] = (seq,)
-    if older_than_us is not None:
-        # Only a prefix may go, or seq would get holes: stop at the first that is younger.
-        sql += (
-            " AND seq < coalesce((SELECT min(seq) FROM reading_row"
-            " WHERE seq <= ? AND received_us >= ?), ?)"
-        )
-        parameters = (seq, seq, older_than_us, seq + 1)
-    deleted = conn.execute(sql, parameters).rowcount
-    if deleted:
-        conn.execute(ADD_COUNTER, (counter, deleted))
-        if counter == "dropped":
-            conn.execute(_SET_META, ("dropped_through_seq", str(seq)))
-    return deleted

@@ -29,6 +29,7 @@ from spool import (
     spool_path,
 )
 from spool.migrations import migrate, spool_migrations
+from spool.writer import SPOOL_FORMAT
 
 SITE = "S1"
 ROW_TOPIC = "FCTS/FAE/S1/SolvExtract/TI-101.PV"
@@ -114,6 +115,7 @@ def test_a_new_file_is_wal_full_incremental_and_marked_as_ours(writer: SpoolWrit
             "auto_vacuum",
             "user_version",
             "trusted_schema",
+            "temp_store",
         )
     }
     assert pragmas == {
@@ -121,8 +123,9 @@ def test_a_new_file_is_wal_full_incremental_and_marked_as_ours(writer: SpoolWrit
         "synchronous": 2,
         "secure_delete": 0,
         "auto_vacuum": 2,
-        "user_version": 1,
+        "user_version": SPOOL_FORMAT,
         "trusted_schema": 0,
+        "temp_store": 2,
     }
     assert conn.execute("PRAGMA application_id").fetchone()[0] == 0x536C7563
     assert spool_path(writer.path.parent).stat().st_mode & 0o777 == 0o640
@@ -320,26 +323,67 @@ def test_the_ring_keeps_the_newest_rows_and_counts_what_it_drops(
     assert look(writer.path, "SELECT count FROM rejected_total") == [(28,)]
 
 
-def test_the_ring_is_bounded_in_bytes_and_its_sum_stays_true(
-    writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool.insertion, "REJECTED_KEPT_BYTES", 1000)
+def test_the_ring_is_bounded_in_bytes_and_its_sum_stays_true(writer: SpoolWriter) -> None:
+    writer.rejected_max_bytes = 2000
     for n in range(30):
         writer.append([], [rejection(bytes(17 * n % 300))] * 3, {})
         ((rows, size),) = look(
-            writer.path, "SELECT count(*), coalesce(sum(length(payload)), 0) FROM rejected_row"
+            writer.path,
+            "SELECT count(*), sum(length(payload) + length(topic) + length(detail) + 100) "
+            "FROM rejected_row",
         )
-        assert int(str(size)) <= 1000
+        assert int(str(size)) <= 2000
         assert writer.counter("rejected_kept_bytes") == size
         assert writer.counter("rejected_dropped") == 3 * (n + 1) - int(str(rows))
 
 
-def test_one_rejected_message_above_the_rings_limit_is_still_kept(
-    writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool.insertion, "REJECTED_KEPT_BYTES", 10)
+def test_one_rejected_message_above_the_rings_limit_is_still_kept(writer: SpoolWriter) -> None:
+    writer.rejected_max_bytes = 10
     writer.append([], [rejection(b"a"), rejection(b"b" * 50)], {})
     assert look(writer.path, "SELECT payload_bytes FROM rejected") == [(50,)]
+
+
+def test_the_ring_counts_topics_and_details_too(writer: SpoolWriter) -> None:
+    writer.rejected_max_bytes = 100_000
+    topic, detail = "ü" * 1000, "d" * 1000
+    rows = [(n, "topic_shape", detail, topic, b"", 0, 1, 0) for n in range(100)]
+    writer.append([], rows, {})
+    ((kept,),) = look(writer.path, "SELECT count(*) FROM rejected_row")
+    assert kept == 100_000 // (2000 + 1000 + 100)
+    assert writer.counter("rejected_dropped") == 100 - int(str(kept))
+    assert writer.counter("rejected_kept_bytes") == 3100 * int(str(kept))
+
+
+def test_one_rejected_message_takes_a_quarter_of_the_ring_at_most(writer: SpoolWriter) -> None:
+    writer.rejected_max_bytes = 32 * 1024
+    writer.append([], [rejection(bytes(65_536))], {})
+    ((stored, whole),) = look(
+        writer.path, "SELECT length(payload), payload_bytes FROM rejected_row"
+    )
+    assert (stored, whole) == (8 * 1024, 65_536)
+
+
+def test_what_falls_out_of_the_ring_at_once_is_counted_and_never_written(
+    writer: SpoolWriter,
+) -> None:
+    writer.rejected_max_bytes = 100_000
+    writer.checkpoint()
+    writer.append([], [rejection(bytes(20_000)) for _ in range(100)], {"rejected": 100})
+    assert writer.wal_bytes() < 200_000
+    assert look(writer.path, "SELECT count(*) FROM rejected_row") == [(4,)]
+    assert look(writer.path, "SELECT count FROM rejected_total") == [(100,)]
+    assert writer.counter("rejected_dropped") == 96
+
+
+def test_the_ring_can_be_trimmed_to_nothing_and_begins_again(writer: SpoolWriter) -> None:
+    writer.append([], [rejection(b"%d" % n) for n in range(10)], {})
+    assert writer.trim_rejected(0) == 10
+    assert writer.counter("rejected_kept_bytes") == 0
+    assert writer.counter("rejected_dropped") == 10
+    assert writer.trim_rejected(0) == 0
+    writer.append([], [rejection(b"next")], {})
+    assert look(writer.path, "SELECT payload FROM rejected") == [("next",)]
+    assert writer.counter("rejected_kept_bytes") > 0
 
 
 def progress(seq: int, epoch: str, sink: str = "pubsub", *, enabled: bool = True) -> SinkProgress:

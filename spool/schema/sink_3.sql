@@ -1,4 +1,4 @@
--- pubsub.db and bigquery.db, format 3: dead letters have a budget.
+-- pubsub.db and bigquery.db, format 3: dead letters have a budget, and health says what is wrong.
 
 -- What one dead letter takes, without reading it: its texts and its payload, and 190 bytes for
 -- the numbers, the epoch (twice: also in the index), headers and the slack of pages.
@@ -41,3 +41,24 @@ SELECT
     coalesce((SELECT value FROM counter WHERE name = 'dead_lettered'), 0) AS dead_lettered,
     coalesce((SELECT value FROM counter WHERE name = 'dead_letters_discarded'), 0) AS discarded
 FROM dead_letter_usage AS u;
+
+-- What the forwarder knows to be wrong at present, one row per condition. Written when it
+-- changes, not at each turn; an empty table means that nothing is known to be wrong.
+CREATE TABLE condition (
+    name     TEXT    PRIMARY KEY NOT NULL,  -- a code: lower case, underscores
+    severity TEXT    NOT NULL CHECK (severity IN ('WARNING', 'CRITICAL')),
+    since_us INTEGER NOT NULL,              -- when it was first seen, µs since 1970 UTC
+    detail   TEXT    NOT NULL,              -- what it is, with figures
+    remedy   TEXT    NOT NULL               -- what to do about it
+) STRICT, WITHOUT ROWID;
+
+-- Empty when all is well.
+CREATE VIEW health AS
+SELECT
+    name,
+    severity,
+    strftime('%Y-%m-%dT%H:%M:%SZ', since_us / 1000000, 'unixepoch') AS since,
+    detail,
+    remedy
+FROM condition
+ORDER BY severity, name;

@@ -24,6 +24,9 @@ SIZES: Mapping[str, int] = {
     "identity": 12,
     "failed_syncs": 200,
     "dead_letters": 8,
+    "pinned_readers": 6,
+    "garbage": 4,
+    "tmpdir": 12,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
