@@ -45,8 +45,7 @@ class AppendCalls:
     def __init__(self, settings: Settings) -> None:
         self._source = settings.instance_id
         self._service = TableService(settings, DEADLINE_S)
-        project, dataset, table = self._service.table.split(".", 2)
-        self.table = f"projects/{project}/datasets/{dataset}/tables/{table}"
+        self.table = self._service.table.resource
         self._api = WriteApi(settings, self.table)
         self._columns: Sequence[Column] = ()
         self._encoder: RequestEncoder | None = None

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 import google.auth.exceptions
 import requests
@@ -32,6 +31,7 @@ from forwarder.table import (
     ddl,
     match,
 )
+from forwarder.tablename import TableName
 from lifecycle import Settings
 
 log = logging.getLogger("forwarder.bigquery")
@@ -62,10 +62,15 @@ class TableService:
     def __init__(self, settings: Settings, deadline_s: float) -> None:
         self._settings = settings
         self._deadline_s = deadline_s
-        self.table = (
-            f"{settings.gcp_project_id}.{settings.bigquery_dataset}.{settings.bigquery_table}"
+        self.table = TableName(
+            settings.gcp_project_id, settings.bigquery_dataset, settings.bigquery_table
         )
-        self.root = settings.bigquery_emulator_host.rstrip("/") or DEFAULT_ENDPOINT
+        self._reference = bigquery.TableReference(
+            bigquery.DatasetReference(self.table.project, self.table.dataset), self.table.table
+        )
+        # The settings allow one of the two at most.
+        self._endpoint = settings.bigquery_emulator_host or settings.bigquery_endpoint
+        self.root = (self._endpoint or DEFAULT_ENDPOINT).rstrip("/")
         self._client: bigquery.Client | None = None
         self._credentials: Credentials | None = None
         self._connections: InsertConnections | None = None
@@ -104,11 +109,7 @@ class TableService:
     def _new_connections(self) -> InsertConnections:
         if self._credentials is None:
             raise RuntimeError("no credentials after connecting")
-        project, dataset, table = self.table.split(".", 2)
-        url = (
-            f"{self.root}/bigquery/v2/projects/{project}/datasets/{dataset}/tables/"
-            f"{quote(table)}/insertAll"
-        )
+        url = f"{self.root}{self.table.url_path}/insertAll"
         authorization = _Authorization(self._credentials, url, self._deadline_s, self._tokens)
         return InsertConnections(_route(url), authorization)
 
@@ -122,7 +123,7 @@ class TableService:
                 self._client = bigquery.Client(
                     project=self._settings.gcp_project_id,
                     credentials=self._credentials,
-                    client_options={"api_endpoint": emulator} if emulator else None,
+                    client_options={"api_endpoint": self.root} if self._endpoint else None,
                 )
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
                 raise FaultError(cannot_build(error)) from error
@@ -140,7 +141,7 @@ class TableService:
         client = self._connect()
         try:
             table = self._tables.result(
-                lambda: client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s),
+                lambda: client.get_table(self._reference, retry=NO_RETRY, timeout=self._deadline_s),
                 CALL_WAIT_S,
                 fresh=fresh,
             )
@@ -162,7 +163,7 @@ class TableService:
                 )
             )
         existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
-        columns = match(self.table, existing)
+        columns = match(str(self.table), existing)
         if isinstance(columns, Fault):
             raise FaultError(columns)
         left_out = sorted({c.name for c in COLUMNS} - {c.name for c in columns})
@@ -172,7 +173,7 @@ class TableService:
 
     def _create(self, client: bigquery.Client) -> Sequence[Column]:
         table = bigquery.Table(
-            self.table,
+            self._reference,
             schema=[
                 bigquery.SchemaField(c.name, c.sql_type, "REQUIRED" if c.required else "NULLABLE")
                 for c in COLUMNS
@@ -196,7 +197,7 @@ class TableService:
     def _make(self, client: bigquery.Client, table: bigquery.Table) -> None:
         client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s)
         self._created_at = time.monotonic()
-        log.info("created the table", extra={"fields": {"table": self.table}})
+        log.info("created the table", extra={"fields": {"table": str(self.table)}})
 
     def judge(self, error: Exception) -> tuple[Blame, Fault]:
         """Return who has to act, and the fault to report. Raises what is not the service's."""
@@ -236,21 +237,20 @@ class TableService:
     @property
     def look(self) -> str:
         """The command that shows what the table is like."""
-        return f"look at the table with: bq show --schema {self.table.replace('.', ':', 1)}"
+        return f"look at the table with: bq show --schema {self.table.for_bq}"
 
     def remedy(self, status: int) -> str:
         """Return what to do about an HTTP status 401, 403 or 404."""
         if status == 404:  # noqa: PLR2004 - HTTP's number
-            statement = ddl(self.table).replace("\n", " ")
+            statement = ddl(str(self.table)).replace("\n", " ")
             return (
                 f"create the dataset and the table (or set BIGQUERY_CREATE_TABLE=true): {statement}"
             )
         if status == 401:  # noqa: PLR2004 - HTTP's number
             return CREDENTIALS_REMEDY
-        project, dataset, table = self.table.split(".", 2)
         return (
             "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
-            f"--role=roles/bigquery.dataEditor {project}:{dataset}.{table}"
+            f"--role=roles/bigquery.dataEditor {self.table.for_bq}"
         )
 
 

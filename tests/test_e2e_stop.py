@@ -110,6 +110,8 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "PUBSUB_ENDPOINT": "https://host",
         "PUBSUB_EMULATOR_HOST": "a:b",
         "BIGQUERY_ENABLED": "often",
+        "BIGQUERY_ENDPOINT": "http://x",
+        "BIGQUERY_STORAGE_ENDPOINT": "https://x",
         "BIGQUERY_EMULATOR_HOST": "localhost:9050",
         "BIGQUERY_STORAGE_EMULATOR_HOST": "http://x",
         "BIGQUERY_CREATE_TABLE": "si",

@@ -104,13 +104,13 @@ class TableStore:
         """Create the dataset, named project.dataset."""
         with self._changed:
             if ref in self._datasets:
-                raise DuplicateError(f"Already Exists: Dataset {_shown(ref)}")
+                raise DuplicateError(f"Already Exists: Dataset {_shown_dataset(ref)}")
             self._datasets.add(ref)
 
     def dataset(self, ref: str) -> None:
         """Raise `NotFoundError` unless the dataset exists."""
         if ref not in self._datasets:
-            raise NotFoundError(f"Not found: Dataset {_shown(ref)}")
+            raise NotFoundError(f"Not found: Dataset {_shown_dataset(ref)}")
 
     def delete_dataset(self, ref: str, *, with_tables: bool) -> None:
         """Delete the dataset; one that holds tables only if told so."""
@@ -118,7 +118,7 @@ class TableStore:
             self.dataset(ref)
             held = [name for name in self._tables if name.rpartition(".")[0] == ref]
             if held and not with_tables:
-                raise TableError(f"Dataset {_shown(ref)} is still in use")
+                raise TableError(f"Dataset {_shown_dataset(ref)} is still in use")
             for name in held:
                 del self._tables[name]
             self._datasets.remove(ref)
@@ -292,5 +292,11 @@ def _check_schema_change(table: Table, columns: Sequence[Column]) -> None:
 
 
 def _shown(ref: str) -> str:
-    """Write a name as the service's messages do: project:dataset.table."""
-    return ref.replace(".", ":", 1)
+    """Write a table's name as the service's messages do: project:dataset.table."""
+    project, *names = ref.rsplit(".", 2)
+    return f"{project}:{'.'.join(names)}"
+
+
+def _shown_dataset(ref: str) -> str:
+    """Write a dataset's name as the service's messages do: project:dataset."""
+    return ":".join(ref.rsplit(".", 1))
