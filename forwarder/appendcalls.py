@@ -17,11 +17,13 @@ from forwarder.faults import (
     FaultError,
     blame_grpc,
 )
+from forwarder.partitions import WRITE_API_PAST_DAYS
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.writeapi import DEADLINE_S, Appender, CallError, WriteApi
 from lifecycle import Settings
+from spool import DeadLetter, Reading
 
 if TYPE_CHECKING:
     from forwarder.table import Column
@@ -44,7 +46,7 @@ class AppendCalls:
 
     def __init__(self, settings: Settings) -> None:
         self._source = settings.instance_id
-        self._service = TableService(settings, DEADLINE_S)
+        self._service = TableService(settings, DEADLINE_S, WRITE_API_PAST_DAYS)
         self.table = self._service.table.resource
         self._api = WriteApi(settings, self.table)
         self._columns: Sequence[Column] = ()
@@ -75,6 +77,18 @@ class AppendCalls:
         """
         if self._outdated or not self._columns:
             self.columns_changed()
+
+    def out_of_range(
+        self, rows: Sequence[Reading], after_seq: int = 0
+    ) -> tuple[list[Reading], list[DeadLetter]]:
+        """Return the rows to be sent, and dead letters of those that the table cannot take.
+
+        Args:
+            rows: In the order of seq. The table's columns are known: :meth:`prepare`.
+            after_seq: Up to here nothing is taken out.
+        """
+        good, dead = self._service.limits.split(rows, after_seq)
+        return list(good), dead
 
     def columns_changed(self) -> bool:
         """Read the table's columns anew; return whether they are others than before.

@@ -25,6 +25,7 @@ from forwarder.bqservice import TableService
 from forwarder.faults import TRANSIENT_REASONS, Blame, FaultError
 from forwarder.insertbody import encoder_for
 from forwarder.inserthttp import Answer, InsertConnections
+from forwarder.partitions import INSERT_ALL_PAST_DAYS
 from forwarder.refusals import REFUSED_ALONE_MAX, RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import GATHER_S, Column
@@ -63,7 +64,7 @@ class InsertAllSink:
 
     def __init__(self, settings: Settings) -> None:
         self._source = settings.instance_id
-        self._service = TableService(settings, DEADLINE_S)
+        self._service = TableService(settings, DEADLINE_S, INSERT_ALL_PAST_DAYS)
         self._table = self._service.table
         self._columns: Sequence[Column] = ()
         self._give_back_at = float("inf")
@@ -105,12 +106,13 @@ class InsertAllSink:
         # by the columns it sent, and never send none.
         columns = self._columns
         self._give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+        rows, out_of_range = self._service.limits.split(rows)
         chunks = list(_chunks(rows))
         parts = self._pool.map(lambda chunk: self._insert(connections, columns, chunk), chunks)
         # They are in other threads' hands: this one would only wait.
         while self.meanwhile():
             pass
-        delivery = Delivery()
+        delivery = Delivery(dead=out_of_range)
         self._refusals.begin()
         suspects: list[DeadLetter] = []
         for chunk, part in zip(chunks, parts, strict=True):

@@ -3,9 +3,11 @@
 Talks to the service by Google's client; the rows are the sinks'.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from google.cloud import bigquery
 from forwarder.access import cannot_build, find_credentials, token_fault
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
 from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
+from forwarder.partitions import Partitioning, TimeLimits, partitioning_of
 from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
@@ -57,11 +60,17 @@ class TableService:
     Args:
         settings: Project, dataset, table, emulator, whether to create the table.
         deadline_s: Of each request.
+        past_days: How old a reading may be in a table that is partitioned by its time.
+
+    Attributes:
+        table: Its name.
+        limits: Of the times that it takes, once its columns were read.
     """
 
-    def __init__(self, settings: Settings, deadline_s: float) -> None:
+    def __init__(self, settings: Settings, deadline_s: float, past_days: int) -> None:
         self._settings = settings
         self._deadline_s = deadline_s
+        self.limits = TimeLimits(past_days)
         self.table = TableName(
             settings.gcp_project_id, settings.bigquery_dataset, settings.bigquery_table
         )
@@ -125,9 +134,18 @@ class TableService:
                     credentials=self._credentials,
                     client_options={"api_endpoint": self.root} if self._endpoint else None,
                 )
+                session = self._client._http  # noqa: SLF001 - the way to an answer's headers
+                session.hooks["response"].append(self._note_date)
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
                 raise FaultError(cannot_build(error)) from error
         return self._client
+
+    def _note_date(self, response: requests.Response, *_: object, **__: object) -> None:
+        """Learn the service's date from the answer to a request that it took."""
+        if response.ok:
+            with contextlib.suppress(TypeError, ValueError):  # none, or none that is a date
+                told = parsedate_to_datetime(response.headers.get("Date", ""))
+                self.limits.service_date_is(told.timestamp())
 
     def read_columns(self, *, fresh: bool = False) -> Sequence[Column]:
         """Return the columns that the table and we both know; create the table if told to.
@@ -162,6 +180,7 @@ class TableService:
                     "set BIGQUERY_TABLE to a table",
                 )
             )
+        self.limits.table_is(_partitioning(table))
         existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
         columns = match(str(self.table), existing)
         if isinstance(columns, Fault):
@@ -252,6 +271,13 @@ class TableService:
             "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
             f"--role=roles/bigquery.dataEditor {self.table.for_bq}"
         )
+
+
+def _partitioning(table: bigquery.Table) -> Partitioning:
+    found = table.time_partitioning
+    if found is None:
+        return Partitioning()
+    return partitioning_of(found.field, str(found.type_), found.expiration_ms)
 
 
 class _Authorization:

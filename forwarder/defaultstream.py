@@ -59,6 +59,8 @@ class DefaultStreamSink:
         try:
             while delivery.retry:
                 self._calls.prepare()
+                delivery.retry, dead = self._calls.out_of_range(delivery.retry)
+                delivery.dead += dead
                 self._append(delivery)
                 if delivery.retry and time.monotonic() >= give_back_at:
                     raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))

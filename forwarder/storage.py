@@ -80,10 +80,13 @@ class StorageSink:
         self._finalized = False
         self._possibly_repeated = 0
         self._behind_since: float | None = None
+        self._out_of_range: dict[int, tuple[str, str]] = {}
+        """By seq: reason and detail of rows that are not sent, until the journal has them."""
 
     def resume(self, epoch: str) -> int:
         """Take up the journal; see :class:`forwarder.sink.JournalledSink`."""
         self._epoch = epoch
+        self._out_of_range = {}
         journal = self._load()
         return journal.cuts[-1].last_seq if journal.cuts else 0
 
@@ -135,6 +138,7 @@ class StorageSink:
             FaultError: Why something is left, unless it only has to wait for a settlement.
         """
         journal = self._known or self._load()
+        self._calls.prepare()
         self._bury(delivery, journal)
         at_first = len(delivery.retry)
         begun = 0
@@ -177,21 +181,34 @@ class StorageSink:
             self._possibly_repeated = sum(cut.rows for cut in journal.cuts)
             self._finalized = True
 
-    @staticmethod
-    def _bury(delivery: Delivery, journal: Journal) -> None:
+    def _bury(self, delivery: Delivery, journal: Journal) -> None:
         """Take out what can never be appended, and what was refused before a crash."""
+        first = delivery.retry[0][0]
         delivery.retry, delivery.dead = without_too_large(delivery.retry)
         if journal.left_out:
             known = [row for row in delivery.retry if row[0] in journal.left_out]
             delivery.dead += [DeadLetter(row, *journal.left_out[row[0]]) for row in known]
             delivery.retry = [row for row in delivery.retry if row[0] not in journal.left_out]
+        # What is journalled already is repeated as it was, whatever the date has become.
+        through = journal.cuts[-1].last_seq if journal.cuts else 0
+        delivery.retry, dead = self._calls.out_of_range(delivery.retry, through)
+        delivery.dead += dead
+        self._out_of_range = {seq: why for seq, why in self._out_of_range.items() if seq > first}
+        self._out_of_range |= {d.row[0]: (d.reason, d.detail) for d in dead}
 
     def _plan(self, journal: Journal, rows: Sequence[Reading]) -> list[Append]:
         """Return the journal's appends again, and behind them new ones, which are journalled."""
         appends, behind = repeat_cuts(rows, journal.cuts)
         fresh = cut_rows(behind, journal.next_offset)
         if fresh:
-            self._journal.add(self._epoch, [append.cut for append in fresh])
+            cuts = [append.cut for append in fresh]
+            if self._out_of_range:
+                # Those lie between the cuts' rows. The cuts can be repeated only without them,
+                # and tomorrow's date might not tell.
+                self._journal.recut(self._epoch, journal.next_offset, cuts, self._out_of_range)
+                self._out_of_range = {}
+            else:
+                self._journal.add(self._epoch, cuts)
             journal.cuts += [append.cut for append in fresh]
             journal.next_offset = fresh[-1].cut.end
         return appends + fresh

@@ -30,7 +30,16 @@ from forwarder.sink import Fault, FaultKind
 from forwarder.storage import StorageSink
 from forwarder.writeapi import CallError
 from lifecycle import Watchdog, load_settings
-from spool import AppendJournal, Cut, Settlement, SinkState, SpoolWriter, claim_environment
+from spool import (
+    AppendJournal,
+    Cut,
+    DeadLetter,
+    Reading,
+    Settlement,
+    SinkState,
+    SpoolWriter,
+    claim_environment,
+)
 from tests.test_drain import FakeStop
 from tests.test_spool_writer import look, new_reading
 
@@ -156,6 +165,18 @@ class ModelCalls:
     def prepare(self) -> None:
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.TRANSIENT, "the table cannot be read now"))
+
+    def out_of_range(
+        self, rows: Sequence[Reading], after_seq: int = 0
+    ) -> tuple[list[Reading], list[DeadLetter]]:
+        """Know some of the bad rows beforehand, and tomorrow others: the date moves on."""
+        bad = [
+            row
+            for row in rows
+            if row[0] in self._service.poisoned and row[0] > after_seq and self._dice.below(10) < 4
+        ]
+        letters = [DeadLetter(row, "partition_range", "long ago") for row in bad]
+        return [row for row in rows if row not in bad], letters
 
     def columns_changed(self) -> bool:
         self.prepare()

@@ -5,8 +5,9 @@ rows, the default stream.
 
 Documented, and enforced: the routing header, the size of a request, stream and writer schema in
 the first request of a connection, offsets, all or none of a request's rows, no offset on the
-default stream, column types, `updated_schema` some appends after a change of the table, one
-connection at a time for each application-created stream, streams that are finalized or expire.
+default stream, column types, how old a row may be in a partitioned table, `updated_schema` some
+appends after a change of the table, one connection at a time for each application-created stream,
+streams that are finalized or expire.
 https://cloud.google.com/bigquery/docs/reference/storage/rpc/google.cloud.bigquery.storage.v1
 https://cloud.google.com/bigquery/docs/write-api-best-practices
 
@@ -15,8 +16,7 @@ AppendRowsResponse, and so do Google's integration tests of Java and Go see it, 
 the messages are taken from. A schema with extra fields and a request that is too large end the
 call: so do those of Node and Go see it. Assumed is that the same holds for each other request
 that is malformed and for a stream or table that is not found; `FakeWriteApi.ending` chooses.
-Not documented, and therefore not enforced: how old rows may be in a partitioned table. A stream
-that was finalized says so in the answer, which is assumed as well.
+A stream that was finalized says so in the answer, which is assumed as well.
 """
 
 import itertools

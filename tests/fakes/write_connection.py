@@ -228,7 +228,7 @@ class Connection:
             api.note_violation(name, text)
         rows = list(request.proto_rows.rows.serialized_rows)
         reader = self._reader(stream)
-        errors = self._errors(reader, rows) if api.strict else []
+        errors = self._errors(reader, rows, stream.table) if api.strict else []
         if errors:
             return row_errors_answer(name, errors)
         there = api.streams.append(name, offset, len(rows), lambda: reader.rows(rows))
@@ -249,8 +249,10 @@ class Connection:
                 "INVALID_ARGUMENT", kind, str(error), self.stream, detail=text
             ) from error
 
-    def _errors(self, reader: RowReader, rows: list[bytes]) -> list[tuple[int, str]]:
-        errors = reader.errors(rows)
+    def _errors(
+        self, reader: RowReader, rows: list[bytes], table: "Table"
+    ) -> list[tuple[int, str]]:
+        errors = reader.errors(rows, table.partition_column)
         poison = self._api.faults.poison
         if poison is not None:
             known = {index for index, _ in errors}
