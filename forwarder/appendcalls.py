@@ -5,7 +5,7 @@ Both sinks of the write API use it, the one with offsets and the one on the defa
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forwarder.appends import Append, Refusal
@@ -18,6 +18,7 @@ from forwarder.faults import (
     blame_grpc,
 )
 from forwarder.partitions import WRITE_API_PAST_DAYS
+from forwarder.probe import DryRun, candidates
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
@@ -49,6 +50,7 @@ class AppendCalls:
         self._service = TableService(settings, DEADLINE_S, WRITE_API_PAST_DAYS)
         self.table = self._service.table.resource
         self._api = WriteApi(settings, self.table)
+        self._dry_run = DryRun(self._api)
         self._columns: Sequence[Column] = ()
         self._encoder: RequestEncoder | None = None
         self._outdated = False
@@ -111,6 +113,7 @@ class AppendCalls:
             self._changed_at = time.monotonic()
         # The type of the rows is told once per connection.
         self.disconnect()
+        self._dry_run.forget()
         self._encoder = RequestEncoder(columns, self._source)
         return True
 
@@ -137,8 +140,13 @@ class AppendCalls:
         kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
         raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
 
-    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+    def blame_rows(self, append: Append, refusal: Refusal, behind: Iterable[Append] = ()) -> None:
         """Return if the rows that an append was refused for are at fault themselves.
+
+        Args:
+            append: The append.
+            refusal: Why it was refused.
+            behind: Other appends of this delivery that are not in the table yet.
 
         Raises:
             FaultError: It seems to be the table that refuses every row.
@@ -157,11 +165,24 @@ class AppendCalls:
             self.refusals.refused(len(named), in_doubt=len(named) > 1)
         else:
             self.refusals.accepted()  # as good as accepted: they were looked at, and not named
+        if self.refusals.of_all and self._takes_others(append, named, behind):
+            self.refusals.accepted()
         if self.refusals.of_all:
             raise FaultError(
                 refuses_all(f"append to {self._service.table}", words, self._service.look)
             )
         self.refusals.buried()
+
+    def _takes_others(self, append: Append, named: set[int], behind: Iterable[Append]) -> bool:
+        """Return whether the service would take rows that it has not refused in this delivery."""
+        if self._encoder is None:
+            return False
+        refused = [append.rows[index] for index in named]
+        others = [row for index, row in enumerate(append.rows) if index not in named]
+        others += [row for other in behind for row in other.rows]
+        return bool(others) and self._dry_run.accepts_any(
+            self._encoder, candidates(others, refused)
+        )
 
     def create_stream(self) -> str:
         """Make a stream; return its name.

@@ -45,6 +45,8 @@ class DefaultStreamSink:
     def __init__(self, settings: Settings) -> None:
         self._calls = AppendCalls(settings)
         self._stream = f"{self._calls.table}/streams/_default"
+        self._guilty: set[int] = set()
+        """By offset: appends that were refused before a later one was taken."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -80,13 +82,15 @@ class DefaultStreamSink:
         todo = {append.cut.offset: append for append in cut_rows(delivery.retry, 0)}
         try:
             for append, refusal in self._send(todo):
-                self._after(append, refusal, delivery)
+                others = [other for other in todo.values() if other is not append]
+                self._after(append, refusal, others, delivery)
         finally:
             delivery.retry = [row for append in todo.values() for row in append.rows]
 
     def _send(self, todo: dict[int, Append]) -> list[tuple[Append, Refusal]]:
         """Send what is in ``todo``; take out what is confirmed; return what was refused."""
-        refused = []
+        refused: list[tuple[Append, Refusal]] = []
+        self._guilty.clear()
         try:
             # Each append stands for itself: one that is refused does not concern the others.
             for append, answer in self._calls.send(
@@ -96,6 +100,8 @@ class DefaultStreamSink:
                 if refusal is None:
                     del todo[append.cut.offset]
                     self._calls.refusals.accepted()
+                    # The service was well after it had refused those before.
+                    self._guilty.update(earlier.cut.offset for earlier, _ in refused)
                 else:
                     refused.append((append, refusal))
             if refused:
@@ -109,12 +115,15 @@ class DefaultStreamSink:
             )
         return refused
 
-    def _after(self, append: Append, refusal: Refusal, delivery: Delivery) -> None:
+    def _after(
+        self, append: Append, refusal: Refusal, others: Sequence[Append], delivery: Delivery
+    ) -> None:
         """Do what a refusal asks for, before another try; raise if that is not to be now."""
         if refusal.meaning is Meaning.ROWS:
             if self._calls.columns_changed():
                 return  # not the rows: the table is another one now
-            self._calls.blame_rows(append, refusal)
+            if append.cut.offset not in self._guilty:
+                self._calls.blame_rows(append, refusal, others)
             letters = leave_out(append, refusal)
             if not letters:
                 problem = f"append: an error without a row: {refusal.details}"

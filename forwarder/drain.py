@@ -17,6 +17,7 @@ from pathlib import Path
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.batch import Batch, Checked, check, find_gaps
+from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
@@ -112,6 +113,7 @@ class Drain:
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
         self._deaf = ""
+        self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
     def run(self) -> None:
@@ -256,16 +258,9 @@ class Drain:
 
     def _deliver(self, reader: SpoolReader, checked: Checked) -> None:
         """Deliver one batch, for as long as it takes, or until asked to stop."""
-        rows, todo = checked.rows, checked.good
-        gaps = find_gaps(self._position, rows, reader.dropped_through())
-        batch = Batch(rows, gaps, settled_seq=self._position)
-        self._note_gaps(batch.gaps)
-        detail = "the row's checksum is wrong: its bits changed"
-        batch.dead += [
-            DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged
-        ]
-        self._log_dead(batch.dead)
-        failures = 0
+        batch = Batch([], [], settled_seq=self._position)
+        todo = self._take_in(reader, batch, checked)
+        failures = probes = 0
         while True:
             delivery = self._sink.deliver(todo) if todo else Delivery()
             self._watchdog.beat(LOOP)
@@ -275,7 +270,7 @@ class Drain:
             self._log_dead(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
-            self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
+            self._settle(reader, batch, todo[0][0] if todo else batch.rows[-1][0] + 1)
             if not todo:
                 if failures:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
@@ -284,8 +279,38 @@ class Drain:
             if progressed and delivery.fault is None:
                 continue  # what is confirmed had to be settled first
             failures = 1 if progressed else failures + 1
+            probe = delivery.fault is not None and delivery.fault.probe
+            probes = (1 if progressed else probes + 1) if probe else 0
+            # What came since may show at once that it is these rows, and no hold is due.
+            if probes == 1 and not self._stop.requested:
+                more = self._look_ahead(reader, batch)
+                todo += more
+                if more:
+                    continue
             if self._wait_after(delivery.fault, failures, len(todo)):
                 return
+            if probe:
+                todo += self._look_ahead(reader, batch)
+
+    def _take_in(self, reader: SpoolReader, batch: Batch, checked: Checked) -> list[Reading]:
+        """Add rows to the batch; return those to be delivered."""
+        after_seq = batch.rows[-1][0] if batch.rows else self._position
+        gaps = find_gaps(after_seq, checked.rows, reader.dropped_through())
+        self._note_gaps(gaps)
+        detail = "the row's checksum is wrong: its bits changed"
+        dead = [DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged]
+        self._log_dead(dead)
+        batch.add(checked.rows, gaps, dead)
+        return checked.good
+
+    def _look_ahead(self, reader: SpoolReader, batch: Batch) -> list[Reading]:
+        """Let a held batch grow by what came since; return the rows to be delivered as well."""
+        rows = self._lookahead.read(batch.unsettled(), reader.read_after)
+        if not rows:
+            return []
+        self._check_environment(reader, rows)
+        self._ahead.forget()  # that batch has become a part of this one
+        return self._take_in(reader, batch, check(rows))
 
     def _settle(self, reader: SpoolReader, batch: Batch, before_seq: int) -> None:
         if before_seq - 1 > batch.settled_seq:
@@ -313,6 +338,8 @@ class Drain:
             raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
         hold = fault.kind is FaultKind.HOLD
         wait_s = HOLD_RETRY_S if hold else backoff_s(failures, self._jitter())
+        if fault.probe:
+            wait_s = probe_wait_s(failures, HOLD_RETRY_S)
         self._set_status("on hold" if hold else "retrying", str(fault))
         log.log(
             logging.ERROR if hold else logging.WARNING,

@@ -33,6 +33,8 @@ class Fault:
     """What failed, on what, and why, in the service's words."""
     remedy: str = ""
     """The exact command or statement that mends it."""
+    probe: bool = False
+    """Whether rows behind these could tell if it is the service or these rows: hand them in too."""
 
     def __str__(self) -> str:
         """Return both as one text."""

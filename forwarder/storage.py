@@ -297,7 +297,7 @@ class StorageSink:
             # could find its offset free once these have moved.
             self._finalize(journal, delivery, "rows are refused after answers were lost")
             return
-        self._calls.blame_rows(todo[0], refusal)
+        self._calls.blame_rows(todo[0], refusal, list(todo)[1:])
         letters = leave_out(todo[0], refusal)
         if not letters:
             raise FaultError(

@@ -138,15 +138,19 @@ class WriteApi:
             return Fault(FaultKind.TRANSIENT, f"no access token: {details}")
         return why_no_token(self._credentials, details)
 
-    def create_stream(self) -> str:
+    def create_stream(self, *, pending: bool = False) -> str:
         """Make a stream whose rows are in the table once they are confirmed; return its name.
+
+        Args:
+            pending: Whether they are there only after a commit instead.
 
         Raises:
             CallError: The service refuses, or cannot be reached.
             FaultError: There are no credentials.
         """
+        kind = _WriteStream.PENDING if pending else _WriteStream.COMMITTED
         request = _CreateWriteStreamRequest(
-            parent=self._table, write_stream=_WriteStream(type_=_WriteStream.COMMITTED)
+            parent=self._table, write_stream=_WriteStream(type_=kind)
         )
         answer = self._call("CreateWriteStream", request, _WriteStream, ("parent", self._table))
         return str(answer.name)

@@ -182,9 +182,10 @@ class ModelCalls:
         self.prepare()
         return self._dice.strikes(0.2)
 
-    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+    def blame_rows(self, append: Append, refusal: Refusal, behind: Iterable[Append] = ()) -> None:
         assert append.rows
         assert refusal.rows
+        assert append not in behind
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.HOLD, "every row is refused"))
 

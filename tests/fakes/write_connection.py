@@ -232,7 +232,8 @@ class Connection:
         if errors:
             return row_errors_answer(name, errors)
         there = api.streams.append(name, offset, len(rows), lambda: reader.rows(rows))
-        api.note_append(name, there, len(rows), size)
+        if not stream.pending:
+            api.note_append(name, there, len(rows), size)
         api.faults.after_append(name, -1 if there is None else there)
         answer = append_answer(name, there)
         self._tell_schema(stream.table, answer)
