@@ -24,7 +24,7 @@ from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.writeapi import DEADLINE_S, Appender, CallError, WriteApi
 from lifecycle import Settings
-from spool import DeadLetter, Reading
+from spool import DeadLetter, Reading, SinkState
 
 if TYPE_CHECKING:
     from forwarder.table import Column
@@ -38,6 +38,7 @@ class AppendCalls:
 
     Args:
         settings: Project, dataset, table, emulators, instance id, whether to create the table.
+        state: The sink's own file, which remembers the table.
 
     Attributes:
         table: ``projects/P/datasets/D/tables/T``.
@@ -45,9 +46,9 @@ class AppendCalls:
         unanswered: What was sent and has had no answer yet; after a CallError what never will.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
         self._source = settings.instance_id
-        self._service = TableService(settings, DEADLINE_S, WRITE_API_PAST_DAYS)
+        self._service = TableService(settings, DEADLINE_S, WRITE_API_PAST_DAYS, state)
         self.table = self._service.table.resource
         self._api = WriteApi(settings, self.table)
         self._dry_run = DryRun(self._api)
@@ -70,6 +71,40 @@ class AppendCalls:
             self._appender.close()
             self._appender = None
         self._api.close()
+
+    def begin(self, delivered_seq: int) -> bool:
+        """Begin a delivery; return whether the table is found to be another one than before.
+
+        Args:
+            delivered_seq: Up to here all was delivered.
+        """
+        self.refusals.begin()
+        recreated = self._service.look(delivered_seq)
+        if recreated:
+            self._leave_old_table()
+        return recreated
+
+    def recreated(self) -> bool:
+        """Return whether what :meth:`prepare` has read is another table than before."""
+        recreated = self._service.recreated()
+        if recreated:
+            self._leave_old_table()
+        return recreated
+
+    def _leave_old_table(self) -> None:
+        """The connection, and what it was told, may be the dead table's."""
+        self.disconnect()
+        self._dry_run.forget()
+        self._outdated = True
+
+    def stream_refused(self) -> None:
+        """Have :meth:`prepare` look at the table: its stream may be gone because it is."""
+        self._outdated = True
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know of the table; empty if there is nothing."""
+        return self._service.notice
 
     def prepare(self) -> None:
         """Know the table's columns; look again where the service has said that they changed.
@@ -169,7 +204,7 @@ class AppendCalls:
             self.refusals.accepted()
         if self.refusals.of_all:
             raise FaultError(
-                refuses_all(f"append to {self._service.table}", words, self._service.look)
+                refuses_all(f"append to {self._service.table}", words, self._service.show)
             )
         self.refusals.buried()
 
@@ -310,7 +345,7 @@ class AppendCalls:
             problem,
             remedy.get(
                 error.code,
-                f"{self._service.look}; until it is mended, "
+                f"{self._service.show}; until it is mended, "
                 "BIGQUERY_WRITE_METHOD=insert_all may work",
             ),
         )

@@ -13,15 +13,14 @@ from typing import Any
 
 import google.auth.exceptions
 import requests
-import requests.utils
 from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
 from google.auth.credentials import AnonymousCredentials, Credentials
-from google.auth.transport.requests import Request
 from google.cloud import bigquery
 
 from forwarder.access import cannot_build, find_credentials, token_fault
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
-from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
+from forwarder.insertaccess import Authorization, route_to
+from forwarder.inserthttp import InsertConnections, UnsupportedProxyError
 from forwarder.partitions import Partitioning, TimeLimits, partitioning_of
 from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
@@ -35,7 +34,9 @@ from forwarder.table import (
     match,
 )
 from forwarder.tablename import TableName
+from forwarder.tablewatch import TableWatch
 from lifecycle import Settings
+from spool import SinkState
 
 log = logging.getLogger("forwarder.bigquery")
 
@@ -50,6 +51,13 @@ CALL_WAIT_S = 45.0
 """How long to wait for what Google's client does, whose own deadline is not of the whole. What
 takes longer goes on, and the next try has its outcome."""
 
+WATCH_EACH_S = 60.0
+"""How often to look, while readings are delivered, whether the table was dropped and made again."""
+
+WATCH_WAIT_S = 0.5
+WATCH_AGAIN_S = 5.0
+"""How long a delivery waits for that, and when the next one asks for the answer."""
+
 NO_RETRY: Any = None
 """Retrying is the drain loop's; the client's own would hide an outage from the operator."""
 
@@ -61,19 +69,32 @@ class TableService:
         settings: Project, dataset, table, emulator, whether to create the table.
         deadline_s: Of each request.
         past_days: How old a reading may be in a table that is partitioned by its time.
+        state: The sink's own file, which remembers the table; None to remember nothing.
 
     Attributes:
         table: Its name.
         limits: Of the times that it takes, once its columns were read.
     """
 
-    def __init__(self, settings: Settings, deadline_s: float, past_days: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        deadline_s: float,
+        past_days: int,
+        state: SinkState | None = None,
+    ) -> None:
         self._settings = settings
         self._deadline_s = deadline_s
         self.limits = TimeLimits(past_days)
         self.table = TableName(
             settings.gcp_project_id, settings.bigquery_dataset, settings.bigquery_table
         )
+        self._watch = TableWatch(self.table, state, settings.spool_retention_hours)
+        self._told: int | None = None
+        """When the table was made, as the service said last; None once that was compared."""
+        self._delivered_seq = 0
+        self._watch_at = float("inf")
+        self._glances: SharedCall[bigquery.Table] = SharedCall("a look at the table")
         self._reference = bigquery.TableReference(
             bigquery.DatasetReference(self.table.project, self.table.dataset), self.table.table
         )
@@ -119,8 +140,10 @@ class TableService:
         if self._credentials is None:
             raise RuntimeError("no credentials after connecting")
         url = f"{self.root}{self.table.url_path}/insertAll"
-        authorization = _Authorization(self._credentials, url, self._deadline_s, self._tokens)
-        return InsertConnections(_route(url), authorization)
+        authorization = Authorization(
+            self._credentials, url, self._deadline_s, self._tokens, CALL_WAIT_S
+        )
+        return InsertConnections(route_to(url), authorization)
 
     def _connect(self) -> bigquery.Client:
         if self._client is None:
@@ -180,7 +203,7 @@ class TableService:
                     "set BIGQUERY_TABLE to a table",
                 )
             )
-        self.limits.table_is(_partitioning(table))
+        self._learn(table)
         existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
         columns = match(str(self.table), existing)
         if isinstance(columns, Fault):
@@ -189,6 +212,57 @@ class TableService:
         if left_out:
             log.warning("the table lacks columns, which stay unwritten: %s", ", ".join(left_out))
         return columns
+
+    def _learn(self, table: bigquery.Table) -> None:
+        """Take over what is not a matter of columns. Of any thread."""
+        self.limits.table_is(_partitioning(table))
+        if table.created is not None:
+            self._told = round(table.created.timestamp() * 1000)
+        self._watch_at = time.monotonic() + WATCH_EACH_S
+
+    def look(self, delivered_seq: int) -> bool:
+        """Look from time to time whether the table is still the same; return whether it is not.
+
+        What the sink's file remembers is compared and noted here, in the thread of the deliveries.
+
+        Args:
+            delivered_seq: Up to here all was delivered.
+        """
+        before_seq, self._delivered_seq = self._delivered_seq, delivered_seq
+        recreated = self._recreated(before_seq)
+        if time.monotonic() >= self._watch_at:
+            self._glance()
+            recreated |= self._recreated(delivered_seq)
+        return recreated
+
+    def recreated(self) -> bool:
+        """Return whether what was read in this delivery is another table than before."""
+        return self._recreated(self._delivered_seq)
+
+    def _recreated(self, seen_seq: int) -> bool:
+        told, self._told = self._told, None
+        return told is not None and self._watch.is_now(told, seen_seq, self._delivered_seq)
+
+    def _glance(self) -> None:
+        """Read the table again. It does not matter if that fails: readings do not wait for it."""
+        try:
+            client = self._connect()
+            table = self._glances.result(
+                lambda: client.get_table(self._reference, retry=NO_RETRY, timeout=self._deadline_s),
+                WATCH_WAIT_S,
+            )
+        except TimeoutError:
+            self._watch_at = time.monotonic() + WATCH_AGAIN_S
+        except Exception as error:  # noqa: BLE001 - the delivery itself meets it, and tells, if it matters
+            log.debug("the table could not be looked at: %s", error)
+            self._watch_at = time.monotonic() + WATCH_EACH_S
+        else:
+            self._learn(table)
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know of the table; empty if there is nothing."""
+        return self._watch.notice
 
     def _create(self, client: bigquery.Client) -> Sequence[Column]:
         table = bigquery.Table(
@@ -254,7 +328,7 @@ class TableService:
         return time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
 
     @property
-    def look(self) -> str:
+    def show(self) -> str:
         """The command that shows what the table is like."""
         return f"look at the table with: bq show --schema {self.table.for_bq}"
 
@@ -278,64 +352,3 @@ def _partitioning(table: bigquery.Table) -> Partitioning:
     if found is None:
         return Partitioning()
     return partitioning_of(found.field, str(found.type_), found.expiration_ms)
-
-
-class _Authorization:
-    """Google's credentials, as the insert connections want them.
-
-    Args:
-        credentials: Those of the client.
-        url: What is posted to.
-        deadline_s: Of each request for a token.
-        tokens: Has them asked for.
-    """
-
-    def __init__(
-        self,
-        credentials: Credentials,
-        url: str,
-        deadline_s: float,
-        tokens: SharedCall[Mapping[str, str]],
-    ) -> None:
-        self._credentials = credentials
-        self._url = url
-        self._request: Any = partial(Request(), timeout=deadline_s)
-        self._tokens = tokens
-
-    def headers(self) -> Mapping[str, str]:
-        if self._credentials.valid:
-            return self._applied()
-        return self._tokens.result(self._applied, CALL_WAIT_S)
-
-    def _applied(self) -> Mapping[str, str]:
-        headers: dict[str, str] = {}
-        self._credentials.before_request(self._request, "POST", self._url, headers)
-        return headers
-
-    def renewed(self) -> Mapping[str, str]:
-        if isinstance(self._credentials, AnonymousCredentials):  # which cannot be renewed
-            return self._applied()
-        return self._tokens.result(self._refreshed, CALL_WAIT_S)
-
-    def _refreshed(self) -> Mapping[str, str]:
-        self._credentials.refresh(self._request)
-        return self._applied()
-
-
-def _route(url: str) -> Route:
-    """Return the way to ``url`` that requests would take, as Google's client does.
-
-    That is HTTPS_PROXY and NO_PROXY, and REQUESTS_CA_BUNDLE or its own list of authorities: with
-    others, of the table's schema and its rows only one might come through.
-    """
-    with requests.Session() as session:
-        found = session.merge_environment_settings(url, {}, None, None, None)
-    proxy = requests.utils.select_proxy(url, found["proxies"])
-    authorities = (
-        found["verify"]
-        if isinstance(found["verify"], str)
-        else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    )
-    if proxy:
-        proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
-    return Route(url, proxy or "", authorities)

@@ -27,7 +27,7 @@ from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
 from forwarder.table import GATHER_S
 from forwarder.writeapi import CallError
 from lifecycle import Settings
-from spool import Reading
+from spool import Reading, SinkState
 
 
 class DefaultStreamSink:
@@ -35,6 +35,7 @@ class DefaultStreamSink:
 
     Args:
         settings: Project, dataset, table, emulators, instance id, whether to create the table.
+        state: The sink's own file, which remembers the table.
     """
 
     name = "bigquery"
@@ -42,11 +43,16 @@ class DefaultStreamSink:
     max_bytes = BATCH_MAX_BYTES
     gather_s = GATHER_S
 
-    def __init__(self, settings: Settings) -> None:
-        self._calls = AppendCalls(settings)
+    def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
+        self._calls = AppendCalls(settings, state)
         self._stream = f"{self._calls.table}/streams/_default"
         self._guilty: set[int] = set()
         """By offset: appends that were refused before a later one was taken."""
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know while it delivers."""
+        return self._calls.notice
 
     def close(self) -> None:
         """Close the connections."""
@@ -56,7 +62,7 @@ class DefaultStreamSink:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery()
         delivery.retry, delivery.dead = without_too_large(rows)
-        self._calls.refusals.begin()
+        self._calls.begin(rows[0][0] - 1)
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         try:
             while delivery.retry:

@@ -19,7 +19,7 @@ from forwarder.backoff import HOLD_RETRY_S, backoff_s
 from forwarder.batch import Batch, Checked, check, find_gaps
 from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.readahead import ReadAhead
-from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
+from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, NoticingSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
     SPOOL_DAMAGED,
@@ -113,6 +113,7 @@ class Drain:
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
         self._deaf = ""
+        self._noticing = sink if isinstance(sink, NoticingSink) else None
         self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
@@ -135,7 +136,7 @@ class Drain:
             self._reader.close()
 
     def _loop(self) -> None:
-        self._set_status("delivering", "")
+        self._set_status("delivering", self._notice())
         last_row_at = float("-inf")
         checked_at = float("-inf")
         while not self._stop.requested:
@@ -274,7 +275,7 @@ class Drain:
             if not todo:
                 if failures:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
-                self._set_status("delivering", "")
+                self._set_status("delivering", self._notice())
                 return
             if progressed and delivery.fault is None:
                 continue  # what is confirmed had to be settled first
@@ -359,6 +360,10 @@ class Drain:
             self._watchdog.beat(LOOP)
             self._stop.wait(left_s)
         return self._stop.requested
+
+    def _notice(self) -> str:
+        """Return what the sink wants an operator to know although it delivers."""
+        return self._noticing.notice if self._noticing else ""
 
     def _set_status(self, state: str, detail: str) -> None:
         detail = printable(detail)

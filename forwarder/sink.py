@@ -96,3 +96,12 @@ class JournalledSink(Sink, Protocol):
             The seq through which the first batch has to reach, because rows up to there were
             being sent together; 0 if there were none.
         """
+
+
+@runtime_checkable
+class NoticingSink(Sink, Protocol):
+    """A sink that has something to tell although it delivers."""
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know; empty if there is nothing. Shown in the status."""

@@ -70,7 +70,7 @@ class StorageSink:
     gather_s = GATHER_S
 
     def __init__(self, settings: Settings, state: SinkState) -> None:
-        self._calls = AppendCalls(settings)
+        self._calls = AppendCalls(settings, state)
         self._journal = AppendJournal(state)
         self._epoch = ""
         self._known: Journal | None = None
@@ -108,6 +108,11 @@ class StorageSink:
             self._finalized = True
         return journal
 
+    @property
+    def notice(self) -> str:
+        """What an operator has to know while it delivers."""
+        return self._calls.notice
+
     def close(self) -> None:
         """Close the connections."""
         self._calls.close()
@@ -115,8 +120,9 @@ class StorageSink:
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery(retry=list(rows))
-        self._calls.refusals.begin()
         try:
+            if self._calls.begin(rows[0][0] - 1):
+                self._leave_dead_table(self._known or self._load())
             self._deliver(delivery)
         except FaultError as error:
             delivery.fault = error.fault
@@ -145,6 +151,8 @@ class StorageSink:
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         while delivery.retry:
             self._calls.prepare()
+            if self._calls.recreated():
+                self._leave_dead_table(journal)
             if not self._finalized and not journal.stream.startswith(f"{self._calls.table}/"):
                 self._leave_table(journal, delivery)
             if self._finalized:
@@ -165,6 +173,19 @@ class StorageSink:
                 self._append(journal, deque(appends), delivery)
             if delivery.retry and time.monotonic() >= give_back_at:
                 raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
+
+    def _leave_dead_table(self, journal: Journal) -> None:
+        """Give up the stream of a table that was dropped: what it has is gone with it.
+
+        If it is the new table's already, what is on its way can be there twice.
+        """
+        if self._finalized or not journal.stream:
+            return
+        log.warning("the stream of a dead table is given up", extra=fields(stream=journal.stream))
+        sent = [cut.rows for cut in journal.cuts if cut.offset <= self._sent_through]
+        self._possibly_repeated = sum(sent)
+        journal.cuts.clear()
+        self._finalized = True
 
     def _leave_table(self, journal: Journal, delivery: Delivery) -> None:
         """Give up the stream of the table that the settings named before, if there is one."""
@@ -317,6 +338,7 @@ class StorageSink:
             FaultError: The service cannot be asked now.
         """
         there: int | None = 0
+        self._calls.stream_refused()
         if journal.stream:
             log.warning("a write stream is given up: %s", why, extra=fields(stream=journal.stream))
             there = self._calls.finalize_stream(journal.stream)

@@ -49,14 +49,15 @@ class World:
     def __init__(self, name: str, directory: Path) -> None:
         self.service = SERVICES[name]()
         self.sink = self.service.sink
-        self.writer = SpoolWriter.open(directory)
-        claim_environment(self.writer, "DEV", [])
-        self.directory = directory
         self.own_state = None
-        if isinstance(self.service, Storage):
-            self.state = self.service.state
-        else:
+        if isinstance(self.service, PubSub):
+            self.directory = directory
             self.state = self.own_state = SinkState.open(directory, self.sink.name)
+        else:
+            self.directory = Path(self.service.directory.name)
+            self.state = self.service.state
+        self.writer = SpoolWriter.open(self.directory)
+        claim_environment(self.writer, "DEV", [])
         self.healthy: list[int] = []
         self.poisonous: list[int] = []
         self.held: list[list[int]] = []

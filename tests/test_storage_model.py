@@ -166,6 +166,19 @@ class ModelCalls:
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.TRANSIENT, "the table cannot be read now"))
 
+    def begin(self, delivered_seq: int) -> bool:
+        assert delivered_seq >= 0
+        self.refusals.begin()
+        return False
+
+    def recreated(self) -> bool:
+        return False
+
+    def stream_refused(self) -> None:
+        """Need no other look at the table."""
+
+    notice = ""
+
     def out_of_range(
         self, rows: Sequence[Reading], after_seq: int = 0
     ) -> tuple[list[Reading], list[DeadLetter]]:

@@ -184,7 +184,7 @@ class FakeBigQuery:
         return None if isinstance(fault, LoseAnswer) else reply
 
     def _insert_all(self, route: rest.Route, request: Request, fault: object) -> Reply:
-        table = self.store.table(route.table)
+        table = self.store.writable(route.table)
         row_fault = fault if isinstance(fault, RowErrors) else None
         answer = insert_all(self.store, table, request.body, self.faults.poison, row_fault)
         return rest.json_reply(answer)

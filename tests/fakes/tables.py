@@ -97,6 +97,8 @@ class TableStore:
         self._changed = threading.Condition()
         self._datasets: set[str] = set()
         self._tables: dict[str, Table] = {}
+        self._dead: dict[str, Table] = {}
+        """Tables that were made again, and still take rows."""
         self._changes = 0
         self._clock = clock
 
@@ -144,6 +146,30 @@ class TableStore:
             self.dataset(ref.rpartition(".")[0])
             raise NotFoundError(f"Not found: Table {_shown(ref)}")
         return table
+
+    def writable(self, ref: str) -> Table:
+        """Return the table that rows go to: for a while that may be one that is dead."""
+        return self._dead.get(ref) or self.table(ref)
+
+    def recreate(self, ref: str, *, lingers: bool = False) -> Table:
+        """Drop a table and make it again; return the dead one.
+
+        Args:
+            ref: Which.
+            lingers: Whether rows go on being taken for the dead one, until :meth:`catch_up`.
+        """
+        with self._changed:
+            old = self.table(ref)
+            del self._tables[ref]
+            new = self.create(ref, list(old.columns.values()), old.extras)
+            new.created_ms = max(new.created_ms, old.created_ms + 1)
+            if lingers:
+                self._dead[ref] = old
+            return old
+
+    def catch_up(self, ref: str) -> None:
+        """Let rows go to the table that there is now."""
+        self._dead.pop(ref, None)
 
     def tables(self, dataset: str | None = None) -> list[Table]:
         """Return all tables, or those of one dataset."""

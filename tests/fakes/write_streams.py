@@ -96,7 +96,7 @@ class WriteStreams:
         if len(parts) < 6 or parts[:6:2] != ["projects", "datasets", "tables"]:
             raise MalformedError(f"Invalid resource name: {path}")
         try:
-            return self._tables.table(".".join(parts[1:6:2]))
+            return self._tables.writable(".".join(parts[1:6:2]))
         except NotFoundError as error:
             text = "Requested entity was not found."
             raise StreamError("NOT_FOUND", "TABLE_NOT_FOUND", text, path) from error
