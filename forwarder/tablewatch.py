@@ -177,8 +177,9 @@ class TableWatch:
         query = (
             "select json_object('event_id', r.event_id, 'site_code', r.site_code, 'sensor_id', "
             "r.sensor_id, 'pi_tag', r.pi_tag, 'timestamp', r.timestamp, 'value', "
-            "json(printf('%' || char(33) || '.17g', r.value)), 'topic', r.topic, 'payload', cast(w.payload as "
-            "text), 'received_at', r.received_at, 'seq', r.seq) from readings r join reading_row "
+            "json(printf('%' || char(33) || '.17g', r.value)), 'topic', r.topic, 'payload', "
+            "cast(w.payload as text), 'received_at', r.received_at, 'seq', r.seq) from readings r "
+            "join reading_row "
             "w on w.seq = r.seq where r.seq between "
         )
         query += f"{first_seq} and {last_seq}"
