@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from forwarder.backoff import HOLD_RETRY_S, backoff_s
+from forwarder.backoff import HOLD_RETRY_S, backoff_s, pause_for_rate_s
 from forwarder.batch import Batch, Checked, check, find_gaps
+from forwarder.dead_letters import DeadLetterWatch
 from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, NoticingSink, Sink
@@ -56,17 +57,6 @@ SPOOL_CHECK_S = 1.0
 DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
-
-
-def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
-    """Return how long to wait so that ``rows`` in ``elapsed_s`` stay below ``max_rate``.
-
-    Args:
-        rows: Delivered just now.
-        max_rate: Rows per second; 0 for no limit.
-        elapsed_s: How long that took.
-    """
-    return max(0.0, rows / max_rate - elapsed_s) if max_rate else 0.0
 
 
 class Drain:
@@ -112,6 +102,7 @@ class Drain:
         self._resume_through = 0
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
+        self._letters = DeadLetterWatch(sink.name, state, clock)
         self._deaf = ""
         self._noticing = sink if isinstance(sink, NoticingSink) else None
         self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
@@ -141,6 +132,7 @@ class Drain:
         checked_at = float("-inf")
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
+            self._letters.flush()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -214,7 +206,7 @@ class Drain:
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
-        while not self._stop.requested:
+        while self._room_for_dead_letters(reader):
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
             rows = batch.rows
             if not rows:
@@ -232,6 +224,22 @@ class Drain:
                 self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
         self._ahead.forget()
         return any_rows
+
+    def _room_for_dead_letters(self, reader: SpoolReader) -> bool:
+        """Wait until a batch may begin; return False where ``reader`` is to be used no more."""
+        held = False
+        # What a journalled sink was sending when it was interrupted had begun within the budget.
+        # It is finished: in a few days its stream would be forgotten.
+        while self._position >= self._resume_through and (full := self._letters.full()):
+            held = True
+            if self._wait_after(full, 1, 0):
+                return False
+            self._check_spool()
+            if self._reader is not reader:
+                return False
+        if held:
+            self._set_status("delivering", self._notice())
+        return not self._stop.requested
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
@@ -268,7 +276,7 @@ class Drain:
             # A service's words are read in terminals, and may be anybody's (a captive portal's).
             dead = [replace(d, detail=printable(d.detail)) for d in delivery.dead]
             batch.dead += dead
-            self._log_dead(dead)
+            self._letters.report(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
             self._settle(reader, batch, todo[0][0] if todo else batch.rows[-1][0] + 1)
@@ -300,13 +308,14 @@ class Drain:
         self._note_gaps(gaps)
         detail = "the row's checksum is wrong: its bits changed"
         dead = [DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged]
-        self._log_dead(dead)
+        self._letters.report(dead)
         batch.add(checked.rows, gaps, dead)
         return checked.good
 
     def _look_ahead(self, reader: SpoolReader, batch: Batch) -> list[Reading]:
         """Let a held batch grow by what came since; return the rows to be delivered as well."""
-        rows = self._lookahead.read(batch.unsettled(), reader.read_after)
+        full = self._letters.full()
+        rows = [] if full else self._lookahead.read(batch.unsettled(), reader.read_after)
         if not rows:
             return []
         self._check_environment(reader, rows)
@@ -362,8 +371,9 @@ class Drain:
         return self._stop.requested
 
     def _notice(self) -> str:
-        """Return what the sink wants an operator to know although it delivers."""
-        return self._noticing.notice if self._noticing else ""
+        """Return what an operator has to know although it delivers."""
+        notices = (self._letters.notice(), self._noticing.notice if self._noticing else "")
+        return "; ".join(filter(None, notices))
 
     def _set_status(self, state: str, detail: str) -> None:
         detail = printable(detail)
@@ -381,19 +391,5 @@ class Drain:
                     first_seq=gap.first_seq,
                     last_seq=gap.last_seq,
                     rows=gap.rows,
-                ),
-            )
-
-    def _log_dead(self, dead: Sequence[DeadLetter]) -> None:
-        for letter in dead:
-            log.error(
-                "dead letter: %s",
-                letter.detail,
-                extra=fields(
-                    sink=self._sink.name,
-                    reason=letter.reason,
-                    seq=letter.row[0],
-                    topic=letter.row[8],
-                    look="select * from dead_letters",
                 ),
             )

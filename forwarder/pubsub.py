@@ -57,6 +57,11 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_send_message_length", -1),
 )
+EMULATOR_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
+    ("grpc.enable_http_proxy", 0),
+)
 PUBLISH_METHOD = "/google.pubsub.v1.Publisher/Publish"
 
 PublishResponse = _PublishResponse.pb()
@@ -139,7 +144,7 @@ class PubSubSink:
         if self._publish is not None:
             return
         if self._emulator:
-            channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
+            channel = grpc.insecure_channel(self._emulator, options=EMULATOR_OPTIONS)
             transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
         else:
             host = self._endpoint or PublisherClient.DEFAULT_ENDPOINT

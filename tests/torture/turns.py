@@ -20,6 +20,10 @@ SIZES: Mapping[str, int] = {
     "corruption": 21,
     "cloud_faults": 10,
     "mqtt_faults": 10,
+    "crash_loops": 5,
+    "identity": 12,
+    "failed_syncs": 200,
+    "dead_letters": 8,
     "poison": 10,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
