@@ -98,6 +98,7 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "INSTANCE_ID": "-",
         "SPOOL_DIR": "somewhere",
         "SPOOL_MAX_BYTES": "lots",
+        "DEAD_LETTER_MAX_BYTES": "plenty",
         "SPOOL_FULL_POLICY": "hope",
         "SPOOL_RETENTION_HOURS": "-1",
         "DEDUP_WINDOW": "x",
