@@ -5,7 +5,7 @@ Both sinks of the write API use it, the one with offsets and the one on the defa
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forwarder.appends import Append, Refusal
@@ -17,11 +17,14 @@ from forwarder.faults import (
     FaultError,
     blame_grpc,
 )
+from forwarder.partitions import WRITE_API_PAST_DAYS
+from forwarder.probe import DryRun, candidates
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Fault, FaultKind
 from forwarder.writeapi import DEADLINE_S, Appender, CallError, WriteApi
 from lifecycle import Settings
+from spool import DeadLetter, Reading, SinkState
 
 if TYPE_CHECKING:
     from forwarder.table import Column
@@ -35,6 +38,7 @@ class AppendCalls:
 
     Args:
         settings: Project, dataset, table, emulators, instance id, whether to create the table.
+        state: The sink's own file, which remembers the table.
 
     Attributes:
         table: ``projects/P/datasets/D/tables/T``.
@@ -42,12 +46,12 @@ class AppendCalls:
         unanswered: What was sent and has had no answer yet; after a CallError what never will.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
         self._source = settings.instance_id
-        self._service = TableService(settings, DEADLINE_S)
-        project, dataset, table = self._service.table.split(".", 2)
-        self.table = f"projects/{project}/datasets/{dataset}/tables/{table}"
+        self._service = TableService(settings, DEADLINE_S, WRITE_API_PAST_DAYS, state)
+        self.table = self._service.table.resource
         self._api = WriteApi(settings, self.table)
+        self._dry_run = DryRun(self._api)
         self._columns: Sequence[Column] = ()
         self._encoder: RequestEncoder | None = None
         self._outdated = False
@@ -68,6 +72,40 @@ class AppendCalls:
             self._appender = None
         self._api.close()
 
+    def begin(self, delivered_seq: int) -> bool:
+        """Begin a delivery; return whether the table is found to be another one than before.
+
+        Args:
+            delivered_seq: Up to here all was delivered.
+        """
+        self.refusals.begin()
+        recreated = self._service.look(delivered_seq)
+        if recreated:
+            self._leave_old_table()
+        return recreated
+
+    def recreated(self) -> bool:
+        """Return whether what :meth:`prepare` has read is another table than before."""
+        recreated = self._service.recreated()
+        if recreated:
+            self._leave_old_table()
+        return recreated
+
+    def _leave_old_table(self) -> None:
+        """The connection, and what it was told, may be the dead table's."""
+        self.disconnect()
+        self._dry_run.forget()
+        self._outdated = True
+
+    def stream_refused(self) -> None:
+        """Have :meth:`prepare` look at the table: its stream may be gone because it is."""
+        self._outdated = True
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know of the table; empty if there is nothing."""
+        return self._service.notice
+
     def prepare(self) -> None:
         """Know the table's columns; look again where the service has said that they changed.
 
@@ -76,6 +114,18 @@ class AppendCalls:
         """
         if self._outdated or not self._columns:
             self.columns_changed()
+
+    def out_of_range(
+        self, rows: Sequence[Reading], after_seq: int = 0
+    ) -> tuple[list[Reading], list[DeadLetter]]:
+        """Return the rows to be sent, and dead letters of those that the table cannot take.
+
+        Args:
+            rows: In the order of seq. The table's columns are known: :meth:`prepare`.
+            after_seq: Up to here nothing is taken out.
+        """
+        good, dead = self._service.limits.split(rows, after_seq)
+        return list(good), dead
 
     def columns_changed(self) -> bool:
         """Read the table's columns anew; return whether they are others than before.
@@ -98,6 +148,7 @@ class AppendCalls:
             self._changed_at = time.monotonic()
         # The type of the rows is told once per connection.
         self.disconnect()
+        self._dry_run.forget()
         self._encoder = RequestEncoder(columns, self._source)
         return True
 
@@ -124,8 +175,13 @@ class AppendCalls:
         kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
         raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
 
-    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+    def blame_rows(self, append: Append, refusal: Refusal, behind: Iterable[Append] = ()) -> None:
         """Return if the rows that an append was refused for are at fault themselves.
+
+        Args:
+            append: The append.
+            refusal: Why it was refused.
+            behind: Other appends of this delivery that are not in the table yet.
 
         Raises:
             FaultError: It seems to be the table that refuses every row.
@@ -144,11 +200,24 @@ class AppendCalls:
             self.refusals.refused(len(named), in_doubt=len(named) > 1)
         else:
             self.refusals.accepted()  # as good as accepted: they were looked at, and not named
+        if self.refusals.of_all and self._takes_others(append, named, behind):
+            self.refusals.accepted()
         if self.refusals.of_all:
             raise FaultError(
-                refuses_all(f"append to {self._service.table}", words, self._service.look)
+                refuses_all(f"append to {self._service.table}", words, self._service.show)
             )
         self.refusals.buried()
+
+    def _takes_others(self, append: Append, named: set[int], behind: Iterable[Append]) -> bool:
+        """Return whether the service would take rows that it has not refused in this delivery."""
+        if self._encoder is None:
+            return False
+        refused = [append.rows[index] for index in named]
+        others = [row for index, row in enumerate(append.rows) if index not in named]
+        others += [row for other in behind for row in other.rows]
+        return bool(others) and self._dry_run.accepts_any(
+            self._encoder, candidates(others, refused)
+        )
 
     def create_stream(self) -> str:
         """Make a stream; return its name.
@@ -276,7 +345,7 @@ class AppendCalls:
             problem,
             remedy.get(
                 error.code,
-                f"{self._service.look}; until it is mended, "
+                f"{self._service.show}; until it is mended, "
                 "BIGQUERY_WRITE_METHOD=insert_all may work",
             ),
         )

@@ -50,7 +50,7 @@ class Batch:
     """Rows read together, and what is known of them so far.
 
     Attributes:
-        rows: In the order of seq; at least one.
+        rows: In the order of seq.
         gaps: The numbers that are missing before and between them.
         settled_seq: Up to here all is settled; at first the position after which they were read.
         dead: Those that no service takes, not settled yet.
@@ -60,6 +60,16 @@ class Batch:
     gaps: list[Gap]
     settled_seq: int
     dead: list[DeadLetter] = field(default_factory=list)
+
+    def add(self, rows: Sequence[Reading], gaps: Sequence[Gap], dead: Sequence[DeadLetter]) -> None:
+        """Take in more rows behind those that are there, and let go of what is settled."""
+        self.rows = [*self.unsettled(), *rows]
+        self.gaps += gaps
+        self.dead += dead
+
+    def unsettled(self) -> Sequence[Reading]:
+        """Return the rows of which something is still to be settled."""
+        return self.rows[self._rows_through(self.settled_seq) :]
 
     def settle_before(self, seq: int, epoch: str) -> Settlement:
         """Return what is decided up to, and without, ``seq``; each row is counted once."""

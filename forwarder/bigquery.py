@@ -25,11 +25,12 @@ from forwarder.bqservice import TableService
 from forwarder.faults import TRANSIENT_REASONS, Blame, FaultError
 from forwarder.insertbody import encoder_for
 from forwarder.inserthttp import Answer, InsertConnections
+from forwarder.partitions import INSERT_ALL_PAST_DAYS
 from forwarder.refusals import REFUSED_ALONE_MAX, RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.table import GATHER_S, Column
 from lifecycle import Settings
-from spool import DeadLetter, Reading
+from spool import DeadLetter, Reading, SinkState
 
 REQUEST_MAX_ROWS = 500
 REQUEST_MAX_BYTES = 5_000_000
@@ -54,6 +55,7 @@ class InsertAllSink:
 
     Args:
         settings: Project, dataset, table, emulator, instance id, whether to create the table.
+        state: The sink's own file, which remembers the table.
     """
 
     name = "bigquery"
@@ -61,9 +63,9 @@ class InsertAllSink:
     max_bytes = BATCH_MAX_BYTES
     gather_s = GATHER_S
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
         self._source = settings.instance_id
-        self._service = TableService(settings, DEADLINE_S)
+        self._service = TableService(settings, DEADLINE_S, INSERT_ALL_PAST_DAYS, state)
         self._table = self._service.table
         self._columns: Sequence[Column] = ()
         self._give_back_at = float("inf")
@@ -71,6 +73,11 @@ class InsertAllSink:
         self.meanwhile: Callable[[], bool] = lambda: False
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know while it delivers."""
+        return self._service.notice
 
     def prepare(self, rows: list[Reading]) -> list[Reading]:
         """Do nothing; see :class:`forwarder.readahead.WaitingSink`."""
@@ -99,18 +106,21 @@ class InsertAllSink:
             FaultError: Nothing can be inserted now.
         """
         connections = self._service.session()
+        if rows and self._service.look(rows[0][0] - 1):
+            self._columns = ()  # the new table's may be others
         if not self._columns:
             self._columns = self._service.read_columns()
         # One set for the whole delivery: a request that runs beside others must judge its answer
         # by the columns it sent, and never send none.
         columns = self._columns
         self._give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+        rows, out_of_range = self._service.limits.split(rows)
         chunks = list(_chunks(rows))
         parts = self._pool.map(lambda chunk: self._insert(connections, columns, chunk), chunks)
         # They are in other threads' hands: this one would only wait.
         while self.meanwhile():
             pass
-        delivery = Delivery()
+        delivery = Delivery(dead=out_of_range)
         self._refusals.begin()
         suspects: list[DeadLetter] = []
         for chunk, part in zip(chunks, parts, strict=True):
@@ -136,7 +146,7 @@ class InsertAllSink:
             return
         delivery.retry = sorted([*delivery.retry, *(letter.row for letter in suspects)])
         delivery.fault = refuses_all(
-            f"insert into {self._table}", suspects[0].detail, self._service.look
+            f"insert into {self._table}", suspects[0].detail, self._service.show
         )
 
     def _unfinished(self) -> Fault:

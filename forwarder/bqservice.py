@@ -3,24 +3,25 @@
 Talks to the service by Google's client; the rows are the sinks'.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 import google.auth.exceptions
 import requests
-import requests.utils
 from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
 from google.auth.credentials import AnonymousCredentials, Credentials
-from google.auth.transport.requests import Request
 from google.cloud import bigquery
 
 from forwarder.access import cannot_build, find_credentials, token_fault
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
-from forwarder.inserthttp import InsertConnections, Route, UnsupportedProxyError
+from forwarder.insertaccess import Authorization, route_to
+from forwarder.inserthttp import InsertConnections, UnsupportedProxyError
+from forwarder.partitions import Partitioning, TimeLimits, partitioning_of
 from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
@@ -32,7 +33,10 @@ from forwarder.table import (
     ddl,
     match,
 )
+from forwarder.tablename import TableName
+from forwarder.tablewatch import TableWatch
 from lifecycle import Settings
+from spool import SinkState
 
 log = logging.getLogger("forwarder.bigquery")
 
@@ -47,6 +51,13 @@ CALL_WAIT_S = 45.0
 """How long to wait for what Google's client does, whose own deadline is not of the whole. What
 takes longer goes on, and the next try has its outcome."""
 
+WATCH_EACH_S = 60.0
+"""How often to look, while readings are delivered, whether the table was dropped and made again."""
+
+WATCH_WAIT_S = 0.5
+WATCH_AGAIN_S = 5.0
+"""How long a delivery waits for that, and when the next one asks for the answer."""
+
 NO_RETRY: Any = None
 """Retrying is the drain loop's; the client's own would hide an outage from the operator."""
 
@@ -57,15 +68,39 @@ class TableService:
     Args:
         settings: Project, dataset, table, emulator, whether to create the table.
         deadline_s: Of each request.
+        past_days: How old a reading may be in a table that is partitioned by its time.
+        state: The sink's own file, which remembers the table; None to remember nothing.
+
+    Attributes:
+        table: Its name.
+        limits: Of the times that it takes, once its columns were read.
     """
 
-    def __init__(self, settings: Settings, deadline_s: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        deadline_s: float,
+        past_days: int,
+        state: SinkState | None = None,
+    ) -> None:
         self._settings = settings
         self._deadline_s = deadline_s
-        self.table = (
-            f"{settings.gcp_project_id}.{settings.bigquery_dataset}.{settings.bigquery_table}"
+        self.limits = TimeLimits(past_days)
+        self.table = TableName(
+            settings.gcp_project_id, settings.bigquery_dataset, settings.bigquery_table
         )
-        self.root = settings.bigquery_emulator_host.rstrip("/") or DEFAULT_ENDPOINT
+        self._watch = TableWatch(self.table, state, settings.spool_retention_hours)
+        self._told: int | None = None
+        """When the table was made, as the service said last; None once that was compared."""
+        self._delivered_seq = 0
+        self._watch_at = float("inf")
+        self._glances: SharedCall[bigquery.Table] = SharedCall("a look at the table")
+        self._reference = bigquery.TableReference(
+            bigquery.DatasetReference(self.table.project, self.table.dataset), self.table.table
+        )
+        # The settings allow one of the two at most.
+        self._endpoint = settings.bigquery_emulator_host or settings.bigquery_endpoint
+        self.root = (self._endpoint or DEFAULT_ENDPOINT).rstrip("/")
         self._client: bigquery.Client | None = None
         self._credentials: Credentials | None = None
         self._connections: InsertConnections | None = None
@@ -104,13 +139,11 @@ class TableService:
     def _new_connections(self) -> InsertConnections:
         if self._credentials is None:
             raise RuntimeError("no credentials after connecting")
-        project, dataset, table = self.table.split(".", 2)
-        url = (
-            f"{self.root}/bigquery/v2/projects/{project}/datasets/{dataset}/tables/"
-            f"{quote(table)}/insertAll"
+        url = f"{self.root}{self.table.url_path}/insertAll"
+        authorization = Authorization(
+            self._credentials, url, self._deadline_s, self._tokens, CALL_WAIT_S
         )
-        authorization = _Authorization(self._credentials, url, self._deadline_s, self._tokens)
-        return InsertConnections(_route(url), authorization)
+        return InsertConnections(route_to(url), authorization)
 
     def _connect(self) -> bigquery.Client:
         if self._client is None:
@@ -122,11 +155,20 @@ class TableService:
                 self._client = bigquery.Client(
                     project=self._settings.gcp_project_id,
                     credentials=self._credentials,
-                    client_options={"api_endpoint": emulator} if emulator else None,
+                    client_options={"api_endpoint": self.root} if self._endpoint else None,
                 )
+                session = self._client._http  # noqa: SLF001 - the way to an answer's headers
+                session.hooks["response"].append(self._note_date)
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
                 raise FaultError(cannot_build(error)) from error
         return self._client
+
+    def _note_date(self, response: requests.Response, *_: object, **__: object) -> None:
+        """Learn the service's date from the answer to a request that it took."""
+        if response.ok:
+            with contextlib.suppress(TypeError, ValueError):  # none, or none that is a date
+                told = parsedate_to_datetime(response.headers.get("Date", ""))
+                self.limits.service_date_is(told.timestamp())
 
     def read_columns(self, *, fresh: bool = False) -> Sequence[Column]:
         """Return the columns that the table and we both know; create the table if told to.
@@ -140,7 +182,7 @@ class TableService:
         client = self._connect()
         try:
             table = self._tables.result(
-                lambda: client.get_table(self.table, retry=NO_RETRY, timeout=self._deadline_s),
+                lambda: client.get_table(self._reference, retry=NO_RETRY, timeout=self._deadline_s),
                 CALL_WAIT_S,
                 fresh=fresh,
             )
@@ -161,8 +203,9 @@ class TableService:
                     "set BIGQUERY_TABLE to a table",
                 )
             )
+        self._learn(table)
         existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
-        columns = match(self.table, existing)
+        columns = match(str(self.table), existing)
         if isinstance(columns, Fault):
             raise FaultError(columns)
         left_out = sorted({c.name for c in COLUMNS} - {c.name for c in columns})
@@ -170,9 +213,60 @@ class TableService:
             log.warning("the table lacks columns, which stay unwritten: %s", ", ".join(left_out))
         return columns
 
+    def _learn(self, table: bigquery.Table) -> None:
+        """Take over what is not a matter of columns. Of any thread."""
+        self.limits.table_is(_partitioning(table))
+        if table.created is not None:
+            self._told = round(table.created.timestamp() * 1000)
+        self._watch_at = time.monotonic() + WATCH_EACH_S
+
+    def look(self, delivered_seq: int) -> bool:
+        """Look from time to time whether the table is still the same; return whether it is not.
+
+        What the sink's file remembers is compared and noted here, in the thread of the deliveries.
+
+        Args:
+            delivered_seq: Up to here all was delivered.
+        """
+        before_seq, self._delivered_seq = self._delivered_seq, delivered_seq
+        recreated = self._recreated(before_seq)
+        if time.monotonic() >= self._watch_at:
+            self._glance()
+            recreated |= self._recreated(delivered_seq)
+        return recreated
+
+    def recreated(self) -> bool:
+        """Return whether what was read in this delivery is another table than before."""
+        return self._recreated(self._delivered_seq)
+
+    def _recreated(self, seen_seq: int) -> bool:
+        told, self._told = self._told, None
+        return told is not None and self._watch.is_now(told, seen_seq, self._delivered_seq)
+
+    def _glance(self) -> None:
+        """Read the table again. It does not matter if that fails: readings do not wait for it."""
+        try:
+            client = self._connect()
+            table = self._glances.result(
+                lambda: client.get_table(self._reference, retry=NO_RETRY, timeout=self._deadline_s),
+                WATCH_WAIT_S,
+            )
+        except TimeoutError:
+            self._watch_at = time.monotonic() + WATCH_AGAIN_S
+        except Exception as error:  # noqa: BLE001 - the delivery itself meets it, and tells, if it matters
+            log.debug("the table could not be looked at: %s", error)
+            self._watch_at = time.monotonic() + WATCH_EACH_S
+        else:
+            self._learn(table)
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know of the table; empty if there is nothing."""
+        return self._watch.notice
+
     def _create(self, client: bigquery.Client) -> Sequence[Column]:
         table = bigquery.Table(
-            self.table,
+            self._reference,
             schema=[
                 bigquery.SchemaField(c.name, c.sql_type, "REQUIRED" if c.required else "NULLABLE")
                 for c in COLUMNS
@@ -196,7 +290,7 @@ class TableService:
     def _make(self, client: bigquery.Client, table: bigquery.Table) -> None:
         client.create_table(table, retry=NO_RETRY, timeout=self._deadline_s)
         self._created_at = time.monotonic()
-        log.info("created the table", extra={"fields": {"table": self.table}})
+        log.info("created the table", extra={"fields": {"table": str(self.table)}})
 
     def judge(self, error: Exception) -> tuple[Blame, Fault]:
         """Return who has to act, and the fault to report. Raises what is not the service's."""
@@ -234,82 +328,27 @@ class TableService:
         return time.monotonic() - self._created_at < NEW_TABLE_SETTLES_S
 
     @property
-    def look(self) -> str:
+    def show(self) -> str:
         """The command that shows what the table is like."""
-        return f"look at the table with: bq show --schema {self.table.replace('.', ':', 1)}"
+        return f"look at the table with: bq show --schema {self.table.for_bq}"
 
     def remedy(self, status: int) -> str:
         """Return what to do about an HTTP status 401, 403 or 404."""
         if status == 404:  # noqa: PLR2004 - HTTP's number
-            statement = ddl(self.table).replace("\n", " ")
+            statement = ddl(str(self.table)).replace("\n", " ")
             return (
                 f"create the dataset and the table (or set BIGQUERY_CREATE_TABLE=true): {statement}"
             )
         if status == 401:  # noqa: PLR2004 - HTTP's number
             return CREDENTIALS_REMEDY
-        project, dataset, table = self.table.split(".", 2)
         return (
             "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
-            f"--role=roles/bigquery.dataEditor {project}:{dataset}.{table}"
+            f"--role=roles/bigquery.dataEditor {self.table.for_bq}"
         )
 
 
-class _Authorization:
-    """Google's credentials, as the insert connections want them.
-
-    Args:
-        credentials: Those of the client.
-        url: What is posted to.
-        deadline_s: Of each request for a token.
-        tokens: Has them asked for.
-    """
-
-    def __init__(
-        self,
-        credentials: Credentials,
-        url: str,
-        deadline_s: float,
-        tokens: SharedCall[Mapping[str, str]],
-    ) -> None:
-        self._credentials = credentials
-        self._url = url
-        self._request: Any = partial(Request(), timeout=deadline_s)
-        self._tokens = tokens
-
-    def headers(self) -> Mapping[str, str]:
-        if self._credentials.valid:
-            return self._applied()
-        return self._tokens.result(self._applied, CALL_WAIT_S)
-
-    def _applied(self) -> Mapping[str, str]:
-        headers: dict[str, str] = {}
-        self._credentials.before_request(self._request, "POST", self._url, headers)
-        return headers
-
-    def renewed(self) -> Mapping[str, str]:
-        if isinstance(self._credentials, AnonymousCredentials):  # which cannot be renewed
-            return self._applied()
-        return self._tokens.result(self._refreshed, CALL_WAIT_S)
-
-    def _refreshed(self) -> Mapping[str, str]:
-        self._credentials.refresh(self._request)
-        return self._applied()
-
-
-def _route(url: str) -> Route:
-    """Return the way to ``url`` that requests would take, as Google's client does.
-
-    That is HTTPS_PROXY and NO_PROXY, and REQUESTS_CA_BUNDLE or its own list of authorities: with
-    others, of the table's schema and its rows only one might come through.
-    """
-    with requests.Session() as session:
-        found = session.merge_environment_settings(url, {}, None, None, None)
-    proxy = requests.utils.select_proxy(url, found["proxies"])
-    authorities = (
-        found["verify"]
-        if isinstance(found["verify"], str)
-        else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    )
-    if proxy:
-        proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
-    return Route(url, proxy or "", authorities)
+def _partitioning(table: bigquery.Table) -> Partitioning:
+    found = table.time_partitioning
+    if found is None:
+        return Partitioning()
+    return partitioning_of(found.field, str(found.type_), found.expiration_ms)

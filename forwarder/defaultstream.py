@@ -27,7 +27,7 @@ from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
 from forwarder.table import GATHER_S
 from forwarder.writeapi import CallError
 from lifecycle import Settings
-from spool import Reading
+from spool import Reading, SinkState
 
 
 class DefaultStreamSink:
@@ -35,6 +35,7 @@ class DefaultStreamSink:
 
     Args:
         settings: Project, dataset, table, emulators, instance id, whether to create the table.
+        state: The sink's own file, which remembers the table.
     """
 
     name = "bigquery"
@@ -42,9 +43,16 @@ class DefaultStreamSink:
     max_bytes = BATCH_MAX_BYTES
     gather_s = GATHER_S
 
-    def __init__(self, settings: Settings) -> None:
-        self._calls = AppendCalls(settings)
+    def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
+        self._calls = AppendCalls(settings, state)
         self._stream = f"{self._calls.table}/streams/_default"
+        self._guilty: set[int] = set()
+        """By offset: appends that were refused before a later one was taken."""
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know while it delivers."""
+        return self._calls.notice
 
     def close(self) -> None:
         """Close the connections."""
@@ -54,11 +62,13 @@ class DefaultStreamSink:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery()
         delivery.retry, delivery.dead = without_too_large(rows)
-        self._calls.refusals.begin()
+        self._calls.begin(rows[0][0] - 1)
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         try:
             while delivery.retry:
                 self._calls.prepare()
+                delivery.retry, dead = self._calls.out_of_range(delivery.retry)
+                delivery.dead += dead
                 self._append(delivery)
                 if delivery.retry and time.monotonic() >= give_back_at:
                     raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
@@ -78,13 +88,15 @@ class DefaultStreamSink:
         todo = {append.cut.offset: append for append in cut_rows(delivery.retry, 0)}
         try:
             for append, refusal in self._send(todo):
-                self._after(append, refusal, delivery)
+                others = [other for other in todo.values() if other is not append]
+                self._after(append, refusal, others, delivery)
         finally:
             delivery.retry = [row for append in todo.values() for row in append.rows]
 
     def _send(self, todo: dict[int, Append]) -> list[tuple[Append, Refusal]]:
         """Send what is in ``todo``; take out what is confirmed; return what was refused."""
-        refused = []
+        refused: list[tuple[Append, Refusal]] = []
+        self._guilty.clear()
         try:
             # Each append stands for itself: one that is refused does not concern the others.
             for append, answer in self._calls.send(
@@ -94,6 +106,8 @@ class DefaultStreamSink:
                 if refusal is None:
                     del todo[append.cut.offset]
                     self._calls.refusals.accepted()
+                    # The service was well after it had refused those before.
+                    self._guilty.update(earlier.cut.offset for earlier, _ in refused)
                 else:
                     refused.append((append, refusal))
             if refused:
@@ -107,12 +121,15 @@ class DefaultStreamSink:
             )
         return refused
 
-    def _after(self, append: Append, refusal: Refusal, delivery: Delivery) -> None:
+    def _after(
+        self, append: Append, refusal: Refusal, others: Sequence[Append], delivery: Delivery
+    ) -> None:
         """Do what a refusal asks for, before another try; raise if that is not to be now."""
         if refusal.meaning is Meaning.ROWS:
             if self._calls.columns_changed():
                 return  # not the rows: the table is another one now
-            self._calls.blame_rows(append, refusal)
+            if append.cut.offset not in self._guilty:
+                self._calls.blame_rows(append, refusal, others)
             letters = leave_out(append, refusal)
             if not letters:
                 problem = f"append: an error without a row: {refusal.details}"

@@ -15,12 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from forwarder.backoff import HOLD_RETRY_S, backoff_s
+from forwarder.backoff import HOLD_RETRY_S, backoff_s, pause_for_rate_s
 from forwarder.batch import Batch, Checked, check, find_gaps
 from forwarder.dead_letters import DeadLetterWatch
 from forwarder.loghold import LOOK_S, LogHold
+from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.readahead import ReadAhead
-from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
+from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, NoticingSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
     SPOOL_DAMAGED,
@@ -57,17 +58,6 @@ SPOOL_CHECK_S = 1.0
 DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
-
-
-def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
-    """Return how long to wait so that ``rows`` in ``elapsed_s`` stay below ``max_rate``.
-
-    Args:
-        rows: Delivered just now.
-        max_rate: Rows per second; 0 for no limit.
-        elapsed_s: How long that took.
-    """
-    return max(0.0, rows / max_rate - elapsed_s) if max_rate else 0.0
 
 
 class Drain:
@@ -118,6 +108,8 @@ class Drain:
         self._ahead = ReadAhead(sink)
         self._letters = DeadLetterWatch(sink.name, state, clock)
         self._deaf = ""
+        self._noticing = sink if isinstance(sink, NoticingSink) else None
+        self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
         self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
 
     def run(self) -> None:
@@ -141,7 +133,7 @@ class Drain:
             self._reader.close()
 
     def _loop(self) -> None:
-        self._set_status("delivering", self._letters.notice())
+        self._set_status("delivering", self._notice())
         last_row_at = float("-inf")
         checked_at = float("-inf")
         while not self._stop.requested:
@@ -260,7 +252,7 @@ class Drain:
             if self._reader is not reader:
                 return False
         if held:
-            self._set_status("delivering", self._letters.notice())
+            self._set_status("delivering", self._notice())
         return not self._stop.requested
 
     def _hold_for_log(self) -> bool:
@@ -273,7 +265,7 @@ class Drain:
             if self._stop.wait(LOOK_S):
                 return True
         if held:
-            self._set_status("delivering", self._letters.notice())
+            self._set_status("delivering", self._notice())
         return False
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
@@ -302,16 +294,9 @@ class Drain:
 
     def _deliver(self, reader: SpoolReader, checked: Checked) -> None:
         """Deliver one batch, for as long as it takes, or until asked to stop."""
-        rows, todo = checked.rows, checked.good
-        gaps = find_gaps(self._position, rows, reader.dropped_through())
-        batch = Batch(rows, gaps, settled_seq=self._position)
-        self._note_gaps(batch.gaps)
-        detail = "the row's checksum is wrong: its bits changed"
-        batch.dead += [
-            DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged
-        ]
-        self._letters.report(batch.dead)
-        failures = 0
+        batch = Batch([], [], settled_seq=self._position)
+        todo = self._take_in(reader, batch, checked)
+        failures = probes = 0
         while True:
             if self._log_hold is not None:
                 self._log_hold.look()  # tries may go on for days
@@ -323,17 +308,48 @@ class Drain:
             self._letters.report(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
-            self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
+            self._settle(reader, batch, todo[0][0] if todo else batch.rows[-1][0] + 1)
             if not todo:
                 if failures:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
-                self._set_status("delivering", self._letters.notice())
+                self._set_status("delivering", self._notice())
                 return
             if progressed and delivery.fault is None:
                 continue  # what is confirmed had to be settled first
             failures = 1 if progressed else failures + 1
+            probe = delivery.fault is not None and delivery.fault.probe
+            probes = (1 if progressed else probes + 1) if probe else 0
+            # What came since may show at once that it is these rows, and no hold is due.
+            if probes == 1 and not self._stop.requested:
+                more = self._look_ahead(reader, batch)
+                todo += more
+                if more:
+                    continue
             if self._wait_after(delivery.fault, failures, len(todo)):
                 return
+            if probe:
+                todo += self._look_ahead(reader, batch)
+
+    def _take_in(self, reader: SpoolReader, batch: Batch, checked: Checked) -> list[Reading]:
+        """Add rows to the batch; return those to be delivered."""
+        after_seq = batch.rows[-1][0] if batch.rows else self._position
+        gaps = find_gaps(after_seq, checked.rows, reader.dropped_through())
+        self._note_gaps(gaps)
+        detail = "the row's checksum is wrong: its bits changed"
+        dead = [DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged]
+        self._letters.report(dead)
+        batch.add(checked.rows, gaps, dead)
+        return checked.good
+
+    def _look_ahead(self, reader: SpoolReader, batch: Batch) -> list[Reading]:
+        """Let a held batch grow by what came since; return the rows to be delivered as well."""
+        full = self._letters.full()
+        rows = [] if full else self._lookahead.read(batch.unsettled(), reader.read_after)
+        if not rows:
+            return []
+        self._check_environment(reader, rows)
+        self._ahead.forget()  # that batch has become a part of this one
+        return self._take_in(reader, batch, check(rows))
 
     def _settle(self, reader: SpoolReader, batch: Batch, before_seq: int) -> None:
         if before_seq - 1 > batch.settled_seq:
@@ -361,6 +377,8 @@ class Drain:
             raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
         hold = fault.kind is FaultKind.HOLD
         wait_s = HOLD_RETRY_S if hold else backoff_s(failures, self._jitter())
+        if fault.probe:
+            wait_s = probe_wait_s(failures, HOLD_RETRY_S)
         self._set_status("on hold" if hold else "retrying", str(fault))
         log.log(
             logging.ERROR if hold else logging.WARNING,
@@ -380,6 +398,11 @@ class Drain:
             self._watchdog.beat(LOOP)
             self._stop.wait(left_s)
         return self._stop.requested
+
+    def _notice(self) -> str:
+        """Return what an operator has to know although it delivers."""
+        notices = (self._letters.notice(), self._noticing.notice if self._noticing else "")
+        return "; ".join(filter(None, notices))
 
     def _set_status(self, state: str, detail: str) -> None:
         detail = printable(detail)

@@ -43,6 +43,13 @@ class Lane:
         self.waiting.appendleft(Request(rows[half:]))
         self.waiting.appendleft(Request(rows[:half]))
 
+    def first_alone(self) -> None:
+        """Let the next request have one row, the others of it follow."""
+        rows = self.waiting.popleft().rows
+        if len(rows) > 1:
+            self.waiting.appendleft(Request(rows[1:]))
+        self.waiting.appendleft(Request(rows[:1]))
+
     def give_up(self) -> list[Reading]:
         """Return the rows of what still waits, and let nothing wait any more."""
         rows = [row for request in self.waiting for row in request.rows]

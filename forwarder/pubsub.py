@@ -44,6 +44,9 @@ BATCH_MAX_BYTES = 8 * 1024 * 1024
 GATHER_S = 0.005
 """See :class:`forwarder.sink.Sink`: whoever subscribes wants the readings soon."""
 
+RELEASED_MAX = 8
+"""So many sites are asked for a row that is accepted, in a delivery that is refused elsewhere."""
+
 CHANNEL_OPTIONS = (
     # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
     ("grpc.keepalive_time_ms", 30_000),
@@ -94,6 +97,10 @@ class PubSubSink:
         self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self._suspects: list[DeadLetter] = []
         """Refused since the last row that was accepted in this delivery."""
+        self._suspected: set[str] = set()
+        """The sites of rows that the last delivery held because they were refused."""
+        self._released = 0
+        """How often lanes that were kept back were let go in this delivery."""
         self._ready: Lanes | None = None
         """The batch after this one."""
         self.meanwhile: Callable[[], bool] = lambda: False
@@ -176,9 +183,13 @@ class PubSubSink:
         ended: _Ended = queue.SimpleQueue()
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         alone = len(lanes) == 1 and len(lanes[0].waiting) == 1
-        in_flight = sum(self._send_next(lane, ended, alone=alone) for lane in lanes)
+        first, reserve = self._kept_back(lanes)
+        in_flight = sum(self._send_next(lane, ended, alone=alone) for lane in first)
         parked: list[Lane] = []
-        while in_flight:
+        while in_flight or reserve:
+            if not in_flight:
+                in_flight = self._release(reserve, ended)
+                continue
             while ended.empty() and (self.meanwhile() or self._encode_ahead()):
                 pass  # in pieces: a lane whose answer is there goes on first
             # Bounded by the deadline of each call.
@@ -192,7 +203,45 @@ class PubSubSink:
             if not self._refusals.enough:
                 in_flight += sum(self._send_next(lane, ended) for lane in parked)
                 parked.clear()
-        self._end_search(parked, delivery)
+            if self._refusals.enough and not in_flight and self._released > RELEASED_MAX:
+                break
+        self._end_search(parked + reserve, delivery)
+
+    def _kept_back(self, lanes: list[Lane]) -> tuple[list[Lane], list[Lane]]:
+        """Return the lanes to begin with, and those that wait.
+
+        Where rows were refused and held in the last delivery, their sites come first. That a row
+        of another site is accepted after them shows that they are at fault themselves; before
+        them it would show nothing.
+        """
+        self._released = 0
+        if not self._suspected:
+            return lanes, []
+        first: list[Lane] = []
+        others: list[Lane] = []
+        for lane in lanes:
+            suspected = lane.waiting[0].rows[0][4] in self._suspected
+            (first if suspected else others).append(lane)
+        if not first:
+            return others, []
+        if others:
+            self._refusals.search_deep()
+        return first, others
+
+    def _release(self, reserve: list[Lane], ended: "_Ended") -> int:
+        """Let lanes that waited go on; return how many requests are in flight now.
+
+        While the search has come to rest by refusals, it is a row of one of them, and of another
+        one if that is refused as well.
+        """
+        self._released += 1
+        if not self._refusals.enough:
+            sent = sum(self._send_next(lane, ended) for lane in reserve)
+            reserve.clear()
+            return sent
+        lane = reserve.pop(0)
+        lane.first_alone()
+        return self._send_next(lane, ended)
 
     def _encode_ahead(self) -> bool:
         """Make the next request of the batch that was prepared; return whether there was one."""
@@ -260,7 +309,9 @@ class PubSubSink:
 
     def _end_search(self, parked: list[Lane], delivery: Delivery) -> None:
         """Bury the rows that were refused last, unless it is the topic that refuses all."""
+        self._suspected = {letter.row[4] for letter in self._suspects}
         if not self._refusals.of_all:
+            self._suspected.clear()
             delivery.dead += self._suspects
             return
         project, topic = self._topic.split("/")[1::2]

@@ -2,9 +2,11 @@
 
 A dead letter is for a row at fault amid healthy ones. A topic with the wrong schema, or a table
 that was changed, refuses each row in the same words, and would make dead letters of a whole
-backlog. What tells the two apart is a row that is accepted in between. So refused rows are counted
-from one accepted row to the next, over deliveries; many in a row are a fault of the service, which
-is held until it is mended, and none of those rows is given up.
+backlog. What tells the two apart is a row that is accepted behind them. So refused rows are counted
+from one accepted row to the next, over deliveries; many in a row are a fault of the service as far
+as anybody can tell, and are held, none of them given up, while rows behind them are tried
+(:mod:`forwarder.probe`). The first that is accepted shows that those before it were at fault
+themselves, and delivery goes on.
 
 A row that comes alone, refused, is still a dead letter: it must not stand in the way for ever.
 And where many are at fault themselves, ``REFUSED_POLICY=dead-letter`` lets an operator go on.
@@ -20,6 +22,9 @@ REFUSED_AMID_MAX = 200
 """And so many after a row that was accepted in the same delivery: a burst of bad readings is
 longer than a few, and their schema was right a moment ago."""
 
+SEARCHED_MAX = 1_280
+"""So many rows, one by one, a delivery that was held before searches for one that is accepted."""
+
 
 class RefusalRun:
     """Counts refused rows from one accepted row to the next; one for each sink.
@@ -33,17 +38,26 @@ class RefusalRun:
         self._earlier = 0
         """Those that became dead letters since the last row that was accepted."""
         self._now = 0
+        self._depth = 0
         self._amid = self._in_doubt = False
 
     def begin(self) -> None:
         """A delivery begins; what the last one held is not counted, it comes again."""
-        if not self.of_all:
+        if self.of_all:
+            # Held: each time search twice as far for a row that is accepted.
+            self._depth = min(SEARCHED_MAX, 2 * max(self._depth, self._limit))
+        else:
+            self._depth = 0
             self.buried()
         if self._amid:
             # The service was well a moment ago: the next run is a new one.
             self._earlier = 0
         self._now = 0
         self._amid = self._in_doubt = False
+
+    def search_deep(self) -> None:
+        """Search as far as any delivery does: there are rows behind that will tell."""
+        self._depth = SEARCHED_MAX
 
     def accepted(self) -> None:
         """A row was accepted: those before it were at fault themselves."""
@@ -68,7 +82,7 @@ class RefusalRun:
     @property
     def enough(self) -> bool:
         """Whether this delivery has tried so many that more would tell nothing new."""
-        return self._hold and self._now > self._limit
+        return self._hold and self._now > max(self._limit, self._depth)
 
     @property
     def of_all(self) -> bool:
@@ -93,4 +107,5 @@ def refuses_all(what: str, words: str, remedy: str) -> Fault:
         f"{what}: every row is refused, so none is given up: {words}",
         f"{remedy}; if it is right, and the readings are not, REFUSED_POLICY=dead-letter and a "
         "restart of this forwarder put them aside",
+        probe=True,
     )

@@ -25,11 +25,11 @@ def _bigquery(settings: Settings, state: SinkState) -> Sink:
     if settings.bigquery_write_method == "insert_all":
         from forwarder.bigquery import InsertAllSink  # noqa: PLC0415 - see above
 
-        return InsertAllSink(settings)
+        return InsertAllSink(settings, state)
     if settings.bigquery_write_method == "storage_default":
         from forwarder.defaultstream import DefaultStreamSink  # noqa: PLC0415 - see above
 
-        return DefaultStreamSink(settings)
+        return DefaultStreamSink(settings, state)
     from forwarder.storage import StorageSink  # noqa: PLC0415 - see above
 
     return StorageSink(settings, state)

@@ -33,6 +33,8 @@ class Fault:
     """What failed, on what, and why, in the service's words."""
     remedy: str = ""
     """The exact command or statement that mends it."""
+    probe: bool = False
+    """Whether rows behind these could tell if it is the service or these rows: hand them in too."""
 
     def __str__(self) -> str:
         """Return both as one text."""
@@ -94,3 +96,12 @@ class JournalledSink(Sink, Protocol):
             The seq through which the first batch has to reach, because rows up to there were
             being sent together; 0 if there were none.
         """
+
+
+@runtime_checkable
+class NoticingSink(Sink, Protocol):
+    """A sink that has something to tell although it delivers."""
+
+    @property
+    def notice(self) -> str:
+        """What an operator has to know; empty if there is nothing. Shown in the status."""

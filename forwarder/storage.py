@@ -70,7 +70,7 @@ class StorageSink:
     gather_s = GATHER_S
 
     def __init__(self, settings: Settings, state: SinkState) -> None:
-        self._calls = AppendCalls(settings)
+        self._calls = AppendCalls(settings, state)
         self._journal = AppendJournal(state)
         self._epoch = ""
         self._known: Journal | None = None
@@ -80,10 +80,13 @@ class StorageSink:
         self._finalized = False
         self._possibly_repeated = 0
         self._behind_since: float | None = None
+        self._out_of_range: dict[int, tuple[str, str]] = {}
+        """By seq: reason and detail of rows that are not sent, until the journal has them."""
 
     def resume(self, epoch: str) -> int:
         """Take up the journal; see :class:`forwarder.sink.JournalledSink`."""
         self._epoch = epoch
+        self._out_of_range = {}
         journal = self._load()
         return journal.cuts[-1].last_seq if journal.cuts else 0
 
@@ -105,6 +108,11 @@ class StorageSink:
             self._finalized = True
         return journal
 
+    @property
+    def notice(self) -> str:
+        """What an operator has to know while it delivers."""
+        return self._calls.notice
+
     def close(self) -> None:
         """Close the connections."""
         self._calls.close()
@@ -112,8 +120,9 @@ class StorageSink:
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Append ``rows``; see :class:`forwarder.sink.Sink`."""
         delivery = Delivery(retry=list(rows))
-        self._calls.refusals.begin()
         try:
+            if self._calls.begin(rows[0][0] - 1):
+                self._leave_dead_table(self._known or self._load())
             self._deliver(delivery)
         except FaultError as error:
             delivery.fault = error.fault
@@ -135,12 +144,15 @@ class StorageSink:
             FaultError: Why something is left, unless it only has to wait for a settlement.
         """
         journal = self._known or self._load()
+        self._calls.prepare()
         self._bury(delivery, journal)
         at_first = len(delivery.retry)
         begun = 0
         give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
         while delivery.retry:
             self._calls.prepare()
+            if self._calls.recreated():
+                self._leave_dead_table(journal)
             if not self._finalized and not journal.stream.startswith(f"{self._calls.table}/"):
                 self._leave_table(journal, delivery)
             if self._finalized:
@@ -162,6 +174,19 @@ class StorageSink:
             if delivery.retry and time.monotonic() >= give_back_at:
                 raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
 
+    def _leave_dead_table(self, journal: Journal) -> None:
+        """Give up the stream of a table that was dropped: what it has is gone with it.
+
+        If it is the new table's already, what is on its way can be there twice.
+        """
+        if self._finalized or not journal.stream:
+            return
+        log.warning("the stream of a dead table is given up", extra=fields(stream=journal.stream))
+        sent = [cut.rows for cut in journal.cuts if cut.offset <= self._sent_through]
+        self._possibly_repeated = sum(sent)
+        journal.cuts.clear()
+        self._finalized = True
+
     def _leave_table(self, journal: Journal, delivery: Delivery) -> None:
         """Give up the stream of the table that the settings named before, if there is one."""
         if not journal.cuts:
@@ -177,21 +202,34 @@ class StorageSink:
             self._possibly_repeated = sum(cut.rows for cut in journal.cuts)
             self._finalized = True
 
-    @staticmethod
-    def _bury(delivery: Delivery, journal: Journal) -> None:
+    def _bury(self, delivery: Delivery, journal: Journal) -> None:
         """Take out what can never be appended, and what was refused before a crash."""
+        first = delivery.retry[0][0]
         delivery.retry, delivery.dead = without_too_large(delivery.retry)
         if journal.left_out:
             known = [row for row in delivery.retry if row[0] in journal.left_out]
             delivery.dead += [DeadLetter(row, *journal.left_out[row[0]]) for row in known]
             delivery.retry = [row for row in delivery.retry if row[0] not in journal.left_out]
+        # What is journalled already is repeated as it was, whatever the date has become.
+        through = journal.cuts[-1].last_seq if journal.cuts else 0
+        delivery.retry, dead = self._calls.out_of_range(delivery.retry, through)
+        delivery.dead += dead
+        self._out_of_range = {seq: why for seq, why in self._out_of_range.items() if seq > first}
+        self._out_of_range |= {d.row[0]: (d.reason, d.detail) for d in dead}
 
     def _plan(self, journal: Journal, rows: Sequence[Reading]) -> list[Append]:
         """Return the journal's appends again, and behind them new ones, which are journalled."""
         appends, behind = repeat_cuts(rows, journal.cuts)
         fresh = cut_rows(behind, journal.next_offset)
         if fresh:
-            self._journal.add(self._epoch, [append.cut for append in fresh])
+            cuts = [append.cut for append in fresh]
+            if self._out_of_range:
+                # Those lie between the cuts' rows. The cuts can be repeated only without them,
+                # and tomorrow's date might not tell.
+                self._journal.recut(self._epoch, journal.next_offset, cuts, self._out_of_range)
+                self._out_of_range = {}
+            else:
+                self._journal.add(self._epoch, cuts)
             journal.cuts += [append.cut for append in fresh]
             journal.next_offset = fresh[-1].cut.end
         return appends + fresh
@@ -280,7 +318,7 @@ class StorageSink:
             # could find its offset free once these have moved.
             self._finalize(journal, delivery, "rows are refused after answers were lost")
             return
-        self._calls.blame_rows(todo[0], refusal)
+        self._calls.blame_rows(todo[0], refusal, list(todo)[1:])
         letters = leave_out(todo[0], refusal)
         if not letters:
             raise FaultError(
@@ -300,6 +338,7 @@ class StorageSink:
             FaultError: The service cannot be asked now.
         """
         there: int | None = 0
+        self._calls.stream_refused()
         if journal.stream:
             log.warning("a write stream is given up: %s", why, extra=fields(stream=journal.stream))
             there = self._calls.finalize_stream(journal.stream)

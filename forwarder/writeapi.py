@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.api_core.gapic_v1 import routing_header
 from google.auth.exceptions import GoogleAuthError
 from google.cloud.bigquery_storage_v1 import types
 from google.cloud.bigquery_storage_v1.services.big_query_write import BigQueryWriteClient
@@ -85,12 +86,15 @@ class WriteApi:
     """The service, with one channel to it that is opened when needed.
 
     Args:
-        settings: Emulator, if any.
+        settings: Emulator or endpoint, if any.
         table: ``projects/P/datasets/D/tables/T``.
     """
 
     def __init__(self, settings: Settings, table: str) -> None:
         self._emulator = settings.bigquery_storage_emulator_host
+        self._target = with_port(
+            settings.bigquery_storage_endpoint or BigQueryWriteClient.DEFAULT_ENDPOINT
+        )
         self._table = table
         self._channel: grpc.Channel | None = None
         self._credentials: Credentials | None = None
@@ -119,7 +123,7 @@ class WriteApi:
             self._credentials = find_credentials(transport.AUTH_SCOPES)
             try:
                 channel = transport.create_channel(
-                    f"{BigQueryWriteClient.DEFAULT_ENDPOINT}:443",
+                    self._target,
                     credentials=self._credentials,
                     scopes=transport.AUTH_SCOPES,
                     options=CHANNEL_OPTIONS,
@@ -139,17 +143,21 @@ class WriteApi:
             return Fault(FaultKind.TRANSIENT, f"no access token: {details}")
         return why_no_token(self._credentials, details)
 
-    def create_stream(self) -> str:
+    def create_stream(self, *, pending: bool = False) -> str:
         """Make a stream whose rows are in the table once they are confirmed; return its name.
+
+        Args:
+            pending: Whether they are there only after a commit instead.
 
         Raises:
             CallError: The service refuses, or cannot be reached.
             FaultError: There are no credentials.
         """
+        kind = _WriteStream.PENDING if pending else _WriteStream.COMMITTED
         request = _CreateWriteStreamRequest(
-            parent=self._table, write_stream=_WriteStream(type_=_WriteStream.COMMITTED)
+            parent=self._table, write_stream=_WriteStream(type_=kind)
         )
-        answer = self._call("CreateWriteStream", request, _WriteStream, f"parent={self._table}")
+        answer = self._call("CreateWriteStream", request, _WriteStream, ("parent", self._table))
         return str(answer.name)
 
     def finalize_stream(self, name: str) -> int:
@@ -161,18 +169,18 @@ class WriteApi:
         """
         request = _FinalizeWriteStreamRequest(name=name)
         answer = self._call(
-            "FinalizeWriteStream", request, _FinalizeWriteStreamResponse, f"name={name}"
+            "FinalizeWriteStream", request, _FinalizeWriteStreamResponse, ("name", name)
         )
         return int(answer.row_count)
 
-    def _call(self, method: str, request: Any, answer: Any, routing: str) -> Any:  # noqa: ANN401 - protobuf's classes
+    def _call(self, method: str, request: Any, answer: Any, routed_by: tuple[str, str]) -> Any:  # noqa: ANN401 - protobuf's classes
         call = self._connected().unary_unary(
             f"{SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
         try:
-            return call(request, timeout=DEADLINE_S, metadata=(("x-goog-request-params", routing),))
+            return call(request, timeout=DEADLINE_S, metadata=(routing(*routed_by),))
         except grpc.RpcError as error:
             raise _call_error(error) from error
 
@@ -207,7 +215,7 @@ class Appender:
         self._end: CallError | None = None
         self._call = call(
             iter(self._requests.get, None),
-            metadata=(("x-goog-request-params", f"write_stream={stream}"),),
+            metadata=(routing("write_stream", stream),),
         )
         self._reader = threading.Thread(target=self._read, name="answers", daemon=True)
         self._reader.start()
@@ -266,6 +274,25 @@ def _call_error(error: grpc.RpcError) -> CallError:
             with contextlib.suppress(DecodeError):
                 kind = storage_error(status_pb2.Status.FromString(value))
     return CallError(error.code().name, error.details() or "", kind)
+
+
+def routing(parameter: str, value: str) -> tuple[str, str]:
+    """Return the metadata by which Google routes a request, as its own clients make it.
+
+    The value is percent-encoded: gRPC refuses to send what is not ASCII (INTERNAL: Invalid
+    metadata), and the service reads the header as a query string.
+
+    Args:
+        parameter: The field of the request that it is routed by.
+        value: That field's value.
+    """
+    key, header = routing_header.to_grpc_metadata({parameter: value})  # type: ignore[no-untyped-call]
+    return str(key), str(header)
+
+
+def with_port(host: str) -> str:
+    """Return ``host`` with the port of HTTPS, unless it names one; a colon may be IPv6's."""
+    return host if host.rpartition(":")[2].isdigit() else f"{host}:443"
 
 
 def code_name(code: int) -> str:

@@ -46,6 +46,8 @@ Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}$")]
 Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}$")]
 HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
 Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?$")]
+HttpsUrl = Annotated[str, Meta(pattern=r"^https://[^\s/@?#]+/?$")]
+"""An access token goes there, so never in the clear."""
 
 
 class SettingsError(Exception):
@@ -95,6 +97,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pubsub_emulator_host: HostPort = ""
     bigquery_create_table: bool = False
     bigquery_write_method: WriteMethod = DEFAULT_WRITE_METHOD
+    bigquery_endpoint: HttpsUrl = ""
+    bigquery_storage_endpoint: HostPort = ""
     bigquery_emulator_host: Url = ""
     bigquery_storage_emulator_host: HostPort = ""
     google_application_credentials: str = ""
@@ -146,6 +150,10 @@ _EXPECTED = {
     "pubsub_emulator_host": "host:port, such as localhost:8085 or [::1]:8085",
     "bigquery_create_table": "true or false",
     "bigquery_write_method": "storage (exactly once), storage_default or insert_all",
+    "bigquery_endpoint": "a host or an https URL without a path, such as "
+    "bigquery.europe-west1.rep.googleapis.com",
+    "bigquery_storage_endpoint": "a host or host:port, such as "
+    "bigquerystorage.europe-west1.rep.googleapis.com:443",
     "bigquery_emulator_host": "a URL without a path, such as http://localhost:9050",
     "bigquery_storage_emulator_host": "host:port, such as localhost:9060 or [::1]:9060",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
@@ -154,8 +162,14 @@ _EXPECTED = {
 _ADDRESSES = (
     "pubsub_endpoint",
     "pubsub_emulator_host",
+    "bigquery_endpoint",
+    "bigquery_storage_endpoint",
     "bigquery_emulator_host",
     "bigquery_storage_emulator_host",
+)
+_EITHER = (
+    ("bigquery_endpoint", "bigquery_emulator_host"),
+    ("bigquery_storage_endpoint", "bigquery_storage_emulator_host"),
 )
 _READABLE_FILES = (
     "mqtt_password_file",
@@ -229,6 +243,8 @@ def _convert(field: str, raw: str, hint: object) -> object:
         value = _size(raw)
     elif field == "log_level":
         value = raw.upper()
+    elif field == "bigquery_endpoint" and "://" not in raw:
+        value = f"https://{raw}"
     converted: object = msgspec.convert(value, hint, strict=False, dec_hook=_custom)
     if field == "mqtt_topic" and isinstance(value, tuple):
         _check_topic_filters(value)
@@ -330,6 +346,12 @@ def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) ->
             "from BIGQUERY_EMULATOR_HOST and written at BIGQUERY_STORAGE_EMULATOR_HOST; expected "
             "both or neither"
         )
+    problems += [
+        f"{endpoint.upper()}: set together with {emulator.upper()}, which leads to an emulator; "
+        "expected one of the two"
+        for endpoint, emulator in _EITHER
+        if given(endpoint) and given(emulator)
+    ]
     if given("mqtt_tls_cert_file") != given("mqtt_tls_key_file"):
         problems.append(
             "MQTT_TLS_CERT_FILE: a client certificate needs both MQTT_TLS_CERT_FILE and "

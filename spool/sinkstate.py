@@ -5,7 +5,7 @@ The forwarder moves its cursor; the collector looks at it and prunes behind it.
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +156,23 @@ class SinkState:
         except sqlite3.Error as error:
             raise translated(error, "read the cursor", self.path) from error
         return (str(row[0]), int(row[1])) if row else None
+
+    def remembered(self, key: str) -> str:
+        """Return what :meth:`remember` has stored under ``key``; empty if nothing."""
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, "read meta", self.path) from error
+        return str(row[0]) if row else ""
+
+    def remember(self, values: Mapping[str, str]) -> None:
+        """Store texts by their keys, durably, all or none."""
+        with self.transaction("write meta") as conn:
+            conn.executemany(
+                "INSERT INTO meta (key, value) VALUES (?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                list(values.items()),
+            )
 
     def settle(self, settlement: Settlement) -> None:
         """Move the cursor, with everything that explains the move, in one durable step."""

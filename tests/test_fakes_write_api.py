@@ -26,6 +26,7 @@ from tests.appending import (
     DEFAULT,
     FIELDS,
     HEADER,
+    NOW_US,
     REF,
     SERVICE,
     TABLE,
@@ -91,7 +92,7 @@ def test_no_stream_without_a_table(api: Api) -> None:
     assert kind_of(caught.value) == "TABLE_NOT_FOUND"
 
 
-@pytest.mark.parametrize("kind", ["PENDING", "BUFFERED"])
+@pytest.mark.parametrize("kind", ["BUFFERED"])
 def test_other_types_of_streams_are_refused_plainly(api: Api, kind: str) -> None:
     with pytest.raises(exceptions.MethodNotImplemented, match="only streams of type COMMITTED"):
         api.create(kind=kind)
@@ -389,7 +390,7 @@ def test_it_runs_beside_the_rest_fake_as_a_process_that_tells_its_counts() -> No
             with grpc.insecure_channel(f"127.0.0.1:{serving['write_port']}") as channel:
                 transport = BigQueryWriteGrpcTransport(channel=channel)
                 call = Call(BigQueryWriteClient(transport=transport), DEFAULT, fields=READING)
-                row = {name: 0 if name == "timestamp" else "x" for name in READING}
+                row = {name: NOW_US if name == "timestamp" else "x" for name in READING}
                 call.send_request(request([{**row, "value": 1.5}], stream=DEFAULT, fields=READING))
                 assert "append_result" in call.receive()
                 call.close()
@@ -399,3 +400,14 @@ def test_it_runs_beside_the_rest_fake_as_a_process_that_tells_its_counts() -> No
             assert process.wait(DEADLINE_S) == 0
         finally:
             process.kill()
+
+
+def test_rows_of_a_pending_stream_are_judged_and_not_seen_without_a_commit(api: Api) -> None:
+    stream = api.create(kind="PENDING")
+    assert stream.type_.name == "PENDING"
+    call = api.open(stream.name)
+    assert "error" not in call.append([reading("a")])
+    answer = call.append([reading("b"), {"at": NOW_US}])
+    assert [error.index for error in answer.row_errors] == [1]
+    assert api.names() == []
+    assert (api.fake.appended, api.fake.streams.names) == ([], [])

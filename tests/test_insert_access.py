@@ -274,7 +274,7 @@ def test_who_is_never_answered_is_told_so_and_asks_once(
     monkeypatch.setattr(forwarder.bqservice, "DEFAULT_ENDPOINT", fake.url)
     monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", fake.url)  # for Google's client
     monkeypatch.setattr(forwarder.bqservice, "CALL_WAIT_S", 0.2)
-    service = TableService(load_settings(ENVIRONMENT, "gate-1"), DEADLINE_S)
+    service = TableService(load_settings(ENVIRONMENT, "gate-1"), DEADLINE_S, past_days=1825)
     for _ in range(3):
         with pytest.raises(FaultError, match="no answer within") as caught:
             getattr(service, call)()

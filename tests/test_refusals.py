@@ -274,4 +274,6 @@ def test_a_run_goes_on_from_one_delivery_to_the_next_and_ends_with_an_accepted_r
     run.begin()
     # The service was well in the delivery before.
     assert after(REFUSED_ALONE_MAX) == (False, False)
-    assert after(1) == (True, True)
+    # And it was held, so this one searches further for a row that is accepted.
+    assert after(1) == (True, False)
+    assert after(2 * REFUSED_AMID_MAX) == (True, True)

@@ -56,6 +56,8 @@ WRONG = {
     "PUBSUB_EMULATOR_HOST": "http://host",
     "BIGQUERY_CREATE_TABLE": "maybe",
     "BIGQUERY_WRITE_METHOD": "load",
+    "BIGQUERY_ENDPOINT": "http://bigquery.example.com",
+    "BIGQUERY_STORAGE_ENDPOINT": "https://host",
     "BIGQUERY_EMULATOR_HOST": "localhost:9050",
     "BIGQUERY_STORAGE_EMULATOR_HOST": "http://host",
     "LOG_LEVEL": "LOUD",
@@ -212,6 +214,8 @@ def test_a_topic_that_pubsub_could_never_have_is_refused(text: str) -> None:
 ADDRESSES = {
     "PUBSUB_ENDPOINT": "",
     "PUBSUB_EMULATOR_HOST": "",
+    "BIGQUERY_ENDPOINT": "https://",
+    "BIGQUERY_STORAGE_ENDPOINT": "",
     "BIGQUERY_EMULATOR_HOST": "http://",
     "BIGQUERY_STORAGE_EMULATOR_HOST": "",
 }
@@ -410,3 +414,33 @@ def test_an_empty_real_variable_does_not_hide_the_files(tmp_path: Path) -> None:
     merged = merged_environment({"SLUICE_ENV_FILE": str(file), "MQTT_PORT": "", "OTHER": ""})
     assert merged["MQTT_PORT"] == "1884"
     assert merged["OTHER"] == ""
+
+
+def test_an_endpoint_of_bigquery_may_be_a_host_or_a_url() -> None:
+    for value in ("bq-x.p.googleapis.com", "https://bq-x.p.googleapis.com"):
+        assert load(BIGQUERY_ENDPOINT=value).bigquery_endpoint == "https://bq-x.p.googleapis.com"
+
+
+@pytest.mark.parametrize(
+    "value", ["http://host", "https://host/path", "https://user@host", "https://host?x", "a b"]
+)
+def test_an_endpoint_that_would_see_a_token_in_the_clear_or_is_none_is_refused(value: str) -> None:
+    assert problems(CLOUD | {"BIGQUERY_ENDPOINT": value})
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "emulator"),
+    [
+        ("BIGQUERY_ENDPOINT", {"BIGQUERY_EMULATOR_HOST": "http://localhost:9050"}),
+        ("BIGQUERY_STORAGE_ENDPOINT", {"BIGQUERY_STORAGE_EMULATOR_HOST": "localhost:9060"}),
+    ],
+)
+def test_an_endpoint_and_an_emulator_contradict_each_other(
+    endpoint: str, emulator: dict[str, str]
+) -> None:
+    both = {
+        "BIGQUERY_EMULATOR_HOST": "http://localhost:9050",
+        "BIGQUERY_STORAGE_EMULATOR_HOST": "localhost:9060",
+    }
+    (problem,) = problems(CLOUD | both | {endpoint: "host.example.com"})
+    assert problem.startswith(f"{endpoint}: set together with {next(iter(emulator))}")

@@ -154,6 +154,7 @@ def test_refused_rows_are_judged_by_a_table_that_is_read_after_the_refusal(
     fake: FakeBigQuery, sink: InsertAllSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.create_table(TABLE)
+    fake.clock_ahead_s = None  # so that nothing is known before it is sent
     good, last = readings(2)
     assert sink.deliver([good]) == Delivery()
     asked: list[bool] = []
@@ -249,6 +250,7 @@ def test_a_time_that_no_partition_takes_is_a_dead_letter_with_the_services_words
     fake: FakeBigQuery, sink: InsertAllSink
 ) -> None:
     fake.create_table(TABLE)
+    fake.clock_ahead_s = None  # so that nothing is known before it is sent
     rows = readings(3)
     ancient = (rows[1][0], rows[1][1], rows[1][2], 0, *rows[1][4:])
     delivery = sink.deliver([rows[0], ancient, rows[2]])

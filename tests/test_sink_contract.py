@@ -114,6 +114,8 @@ class BigQuery:
     def __init__(self, **environ: str) -> None:
         self.fake = FakeBigQuery().start()
         self.fake.create_table(TABLE)
+        self.directory = tempfile.TemporaryDirectory()
+        self.state = SinkState.open(Path(self.directory.name), "bigquery")
         self.sink: Sink = InsertAllSink(
             load_settings(
                 {
@@ -127,7 +129,8 @@ class BigQuery:
                     **environ,
                 },
                 "gate-1",
-            )
+            ),
+            self.state,
         )
 
     def arrived(self) -> list[int]:
@@ -159,6 +162,8 @@ class BigQuery:
     def close(self) -> None:
         self.sink.close()
         self.fake.stop()
+        self.state.close()
+        self.directory.cleanup()
 
 
 class Storage:
@@ -241,7 +246,7 @@ class DefaultStream(Storage):
     method = "storage_default"
 
     def make(self, settings: Settings) -> Sink:
-        return DefaultStreamSink(settings)
+        return DefaultStreamSink(settings, self.state)
 
 
 Service = PubSub | BigQuery | Storage

@@ -30,7 +30,16 @@ from forwarder.sink import Fault, FaultKind
 from forwarder.storage import StorageSink
 from forwarder.writeapi import CallError
 from lifecycle import Watchdog, load_settings
-from spool import AppendJournal, Cut, Settlement, SinkState, SpoolWriter, claim_environment
+from spool import (
+    AppendJournal,
+    Cut,
+    DeadLetter,
+    Reading,
+    Settlement,
+    SinkState,
+    SpoolWriter,
+    claim_environment,
+)
 from tests.test_drain import FakeStop
 from tests.test_spool_writer import look, new_reading
 
@@ -157,13 +166,39 @@ class ModelCalls:
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.TRANSIENT, "the table cannot be read now"))
 
+    def begin(self, delivered_seq: int) -> bool:
+        assert delivered_seq >= 0
+        self.refusals.begin()
+        return False
+
+    def recreated(self) -> bool:
+        return False
+
+    def stream_refused(self) -> None:
+        """Need no other look at the table."""
+
+    notice = ""
+
+    def out_of_range(
+        self, rows: Sequence[Reading], after_seq: int = 0
+    ) -> tuple[list[Reading], list[DeadLetter]]:
+        """Know some of the bad rows beforehand, and tomorrow others: the date moves on."""
+        bad = [
+            row
+            for row in rows
+            if row[0] in self._service.poisoned and row[0] > after_seq and self._dice.below(10) < 4
+        ]
+        letters = [DeadLetter(row, "partition_range", "long ago") for row in bad]
+        return [row for row in rows if row not in bad], letters
+
     def columns_changed(self) -> bool:
         self.prepare()
         return self._dice.strikes(0.2)
 
-    def blame_rows(self, append: Append, refusal: Refusal) -> None:
+    def blame_rows(self, append: Append, refusal: Refusal, behind: Iterable[Append] = ()) -> None:
         assert append.rows
         assert refusal.rows
+        assert append not in behind
         if self._dice.strikes(0.2):
             raise FaultError(Fault(FaultKind.HOLD, "every row is refused"))
 

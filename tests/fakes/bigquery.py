@@ -4,7 +4,9 @@ The official client reaches it with `client_options={"api_endpoint": fake.url}`.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Self
 
 from tests.fakes import rest
@@ -45,6 +47,8 @@ class FakeBigQuery:
         store: TableStore | None = None,
     ) -> None:
         self.faults = BigQueryFaults()
+        self.clock_ahead_s: float | None = 0.0
+        """How far its date is ahead of this machine's; None for answers without a date."""
         self.store = store if store is not None else TableStore(keep=keep, dedup=dedup)
         self._server = HttpServer(self._serve, port)
         self._lock = threading.Lock()
@@ -180,7 +184,7 @@ class FakeBigQuery:
         return None if isinstance(fault, LoseAnswer) else reply
 
     def _insert_all(self, route: rest.Route, request: Request, fault: object) -> Reply:
-        table = self.store.table(route.table)
+        table = self.store.writable(route.table)
         row_fault = fault if isinstance(fault, RowErrors) else None
         answer = insert_all(self.store, table, request.body, self.faults.poison, row_fault)
         return rest.json_reply(answer)
@@ -192,7 +196,9 @@ class FakeBigQuery:
         return _shown(self.store.create(ref, columns, rest.extras_in(resource)))
 
     def _tables_get(self, route: rest.Route, _: Request) -> Reply:
-        return _shown(self.store.table(route.table))
+        found = _shown(self.store.table(route.table))
+        ahead_s = self.clock_ahead_s
+        return found if ahead_s is None else replace(found, date_s=time.time() + ahead_s)
 
     def _tables_list(self, route: rest.Route, _: Request) -> Reply:
         self.store.dataset(route.dataset)

@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Protocol
 
@@ -37,6 +38,8 @@ class Reply:
 
     status: int
     body: bytes = b""
+    date_s: float | None = None
+    """What the header Date says, seconds since 1970; None for no such header."""
 
 
 class Stream(Protocol):
@@ -192,9 +195,10 @@ def read_headers(stream: Stream) -> dict[str, str]:
 def encode_reply(reply: Reply) -> bytes:
     """Return the answer as one piece, so that it leaves in one segment."""
     phrase = HTTPStatus(reply.status).phrase
+    date = "" if reply.date_s is None else f"Date: {formatdate(reply.date_s, usegmt=True)}\r\n"
     head = (
         f"HTTP/1.1 {reply.status} {phrase}\r\n"
         "Content-Type: application/json; charset=UTF-8\r\n"
-        f"Content-Length: {len(reply.body)}\r\n\r\n"
+        f"{date}Content-Length: {len(reply.body)}\r\n\r\n"
     )
     return head.encode("latin-1") + reply.body

@@ -117,7 +117,7 @@ def name_in(resource: Mapping[str, object], kind: str) -> str:
     """Read datasetId or tableId from the reference in a resource."""
     reference = resource.get(f"{kind}Reference")
     name = reference.get(f"{kind}Id") if isinstance(reference, dict) else None
-    if not isinstance(name, str) or not re.fullmatch(r"\w{1,1024}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w -]{1,1024}", name):
         raise ApiError(400, "invalid", f'Invalid {kind} ID "{name}".')
     return name
 
@@ -149,7 +149,7 @@ def extras_in(resource: Mapping[str, object]) -> dict[str, object]:
 
 def table_resource(table: Table) -> dict[str, object]:
     """Describe a table as tables.get does."""
-    project, dataset, name = table.ref.split(".")
+    project, dataset, name = table.ref.rsplit(".", 2)  # a domain-scoped project has dots
     return {
         "kind": "bigquery#table",
         "etag": table.etag,
@@ -167,7 +167,7 @@ def table_resource(table: Table) -> dict[str, object]:
 
 def dataset_resource(ref: str) -> dict[str, object]:
     """Describe a dataset as datasets.get does."""
-    project, _, name = ref.partition(".")
+    project, _, name = ref.rpartition(".")
     return {
         "kind": "bigquery#dataset",
         "id": f"{project}:{name}",

@@ -21,6 +21,9 @@ import msgspec
 # service's own message names them.
 PARTITION_PAST = timedelta(days=1825)
 PARTITION_FUTURE = timedelta(days=366)
+# Of the Storage Write API, ten years back:
+# https://cloud.google.com/bigquery/docs/write-api#time-unit_column_partitioning
+WRITE_API_PAST = timedelta(days=3652)
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EPOCH_MIN_S, EPOCH_MAX_S = -62135596800, 253402300799  # years 1 to 9999
@@ -105,10 +108,20 @@ def judge_row(
     return errors
 
 
-def partition_bounds() -> tuple[datetime, datetime]:
+def partition_bounds(past: timedelta = PARTITION_PAST) -> tuple[datetime, datetime]:
     """Return the first and last instant that can be streamed to a partitioned table now."""
     now = datetime.now(UTC)
-    return now - PARTITION_PAST, now + PARTITION_FUTURE
+    return now - past, now + PARTITION_FUTURE
+
+
+def partition_problem(micros: int, name: str, past: timedelta) -> str:
+    """Return what the service says of a time that it does not stream to a partitioned table."""
+    return (
+        f"Value {micros} for partition column {name} of the destination table is outside the "
+        f"allowed bounds. You can only stream to partitions of date range within "
+        f"{past.days} days in the past and {PARTITION_FUTURE.days} days in the future "
+        "relative to the current date."
+    )
 
 
 def fast_body_decoder(columns: Sequence[Column]) -> Callable[[bytes], "Body"] | None:
@@ -151,12 +164,7 @@ def _judge_partition(value: object, name: str) -> list[RowError]:
     if first <= moment <= last:
         return []
     micros = round((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
-    message = (
-        f"Value {micros} for partition column {name} of the destination table is outside the "
-        f"allowed bounds. You can only stream to partitions of date range within "
-        f"{PARTITION_PAST.days} days in the past and {PARTITION_FUTURE.days} days in the future "
-        "relative to the current date."
-    )
+    message = partition_problem(micros, name, PARTITION_PAST)
     return [RowError("invalid", name, message)]
 
 

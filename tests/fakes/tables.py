@@ -97,6 +97,8 @@ class TableStore:
         self._changed = threading.Condition()
         self._datasets: set[str] = set()
         self._tables: dict[str, Table] = {}
+        self._dead: dict[str, Table] = {}
+        """Tables that were made again, and still take rows."""
         self._changes = 0
         self._clock = clock
 
@@ -104,13 +106,13 @@ class TableStore:
         """Create the dataset, named project.dataset."""
         with self._changed:
             if ref in self._datasets:
-                raise DuplicateError(f"Already Exists: Dataset {_shown(ref)}")
+                raise DuplicateError(f"Already Exists: Dataset {_shown_dataset(ref)}")
             self._datasets.add(ref)
 
     def dataset(self, ref: str) -> None:
         """Raise `NotFoundError` unless the dataset exists."""
         if ref not in self._datasets:
-            raise NotFoundError(f"Not found: Dataset {_shown(ref)}")
+            raise NotFoundError(f"Not found: Dataset {_shown_dataset(ref)}")
 
     def delete_dataset(self, ref: str, *, with_tables: bool) -> None:
         """Delete the dataset; one that holds tables only if told so."""
@@ -118,7 +120,7 @@ class TableStore:
             self.dataset(ref)
             held = [name for name in self._tables if name.rpartition(".")[0] == ref]
             if held and not with_tables:
-                raise TableError(f"Dataset {_shown(ref)} is still in use")
+                raise TableError(f"Dataset {_shown_dataset(ref)} is still in use")
             for name in held:
                 del self._tables[name]
             self._datasets.remove(ref)
@@ -144,6 +146,30 @@ class TableStore:
             self.dataset(ref.rpartition(".")[0])
             raise NotFoundError(f"Not found: Table {_shown(ref)}")
         return table
+
+    def writable(self, ref: str) -> Table:
+        """Return the table that rows go to: for a while that may be one that is dead."""
+        return self._dead.get(ref) or self.table(ref)
+
+    def recreate(self, ref: str, *, lingers: bool = False) -> Table:
+        """Drop a table and make it again; return the dead one.
+
+        Args:
+            ref: Which.
+            lingers: Whether rows go on being taken for the dead one, until :meth:`catch_up`.
+        """
+        with self._changed:
+            old = self.table(ref)
+            del self._tables[ref]
+            new = self.create(ref, list(old.columns.values()), old.extras)
+            new.created_ms = max(new.created_ms, old.created_ms + 1)
+            if lingers:
+                self._dead[ref] = old
+            return old
+
+    def catch_up(self, ref: str) -> None:
+        """Let rows go to the table that there is now."""
+        self._dead.pop(ref, None)
 
     def tables(self, dataset: str | None = None) -> list[Table]:
         """Return all tables, or those of one dataset."""
@@ -292,5 +318,11 @@ def _check_schema_change(table: Table, columns: Sequence[Column]) -> None:
 
 
 def _shown(ref: str) -> str:
-    """Write a name as the service's messages do: project:dataset.table."""
-    return ref.replace(".", ":", 1)
+    """Write a table's name as the service's messages do: project:dataset.table."""
+    project, *names = ref.rsplit(".", 2)
+    return f"{project}:{'.'.join(names)}"
+
+
+def _shown_dataset(ref: str) -> str:
+    """Write a dataset's name as the service's messages do: project:dataset."""
+    return ":".join(ref.rsplit(".", 1))

@@ -1,12 +1,13 @@
 """A fake of the BigQuery Storage Write API: gRPC on a real socket, before the REST fake's tables.
 
-CreateWriteStream (COMMITTED only), GetWriteStream, FinalizeWriteStream, AppendRows with protobuf
-rows, the default stream.
+CreateWriteStream (COMMITTED, and PENDING, which nothing commits), GetWriteStream,
+FinalizeWriteStream, AppendRows with protobuf rows, the default stream.
 
 Documented, and enforced: the routing header, the size of a request, stream and writer schema in
 the first request of a connection, offsets, all or none of a request's rows, no offset on the
-default stream, column types, `updated_schema` some appends after a change of the table, one
-connection at a time for each application-created stream, streams that are finalized or expire.
+default stream, column types, how old a row may be in a partitioned table, `updated_schema` some
+appends after a change of the table, one connection at a time for each application-created stream,
+streams that are finalized or expire.
 https://cloud.google.com/bigquery/docs/reference/storage/rpc/google.cloud.bigquery.storage.v1
 https://cloud.google.com/bigquery/docs/write-api-best-practices
 
@@ -15,8 +16,7 @@ AppendRowsResponse, and so do Google's integration tests of Java and Go see it, 
 the messages are taken from. A schema with extra fields and a request that is too large end the
 call: so do those of Node and Go see it. Assumed is that the same holds for each other request
 that is malformed and for a stream or table that is not found; `FakeWriteApi.ending` chooses.
-Not documented, and therefore not enforced: how old rows may be in a partitioned table. A stream
-that was finalized says so in the answer, which is assumed as well.
+A stream that was finalized says so in the answer, which is assumed as well.
 """
 
 import itertools
@@ -240,10 +240,12 @@ class FakeWriteApi:
         return serve
 
     def _create(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
-        if request.write_stream.type_ != WriteStreamMessage.COMMITTED:
-            text = "This fake makes only streams of type COMMITTED."
+        kind = request.write_stream.type_
+        if kind not in {WriteStreamMessage.COMMITTED, WriteStreamMessage.PENDING}:
+            text = "This fake makes only streams of type COMMITTED, and PENDING without a commit."
             raise StreamError("UNIMPLEMENTED", "", text, request.parent)
-        return stream_message(self.streams.create(request.parent), full=True)
+        pending = kind == WriteStreamMessage.PENDING
+        return stream_message(self.streams.create(request.parent, pending=pending), full=True)
 
     def _get(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
         return stream_message(self.streams.stream(request.name), full=request.view == FULL_VIEW)

@@ -1,7 +1,8 @@
 """What every call of the write API's fake has in common: routing, planned faults, its end."""
 
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 import grpc
 
@@ -17,6 +18,7 @@ ROUTING_HEADER = "x-goog-request-params"
 # Where gRPC carries the google.rpc.Status with the StorageError of a call that ends.
 DETAILS_TRAILER = "grpc-status-details-bin"
 
+_ENCODED = re.compile(r"([A-Za-z0-9_.~/+-]|%[0-9A-Fa-f]{2})*")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -57,17 +59,18 @@ def meet_fault(faults: "FaultPlan", fault: object, context: grpc.ServicerContext
 
 
 def check_routing(context: grpc.ServicerContext, parameter: str, value: str) -> None:
-    """Raise MalformedError unless the routing header says ``parameter=value``.
+    """Raise MalformedError unless the routing header says ``parameter=value``, percent-encoded.
 
-    Google's generated client adds an empty header to the one that its caller gives to AppendRows.
+    What is neither a letter, a digit, one of ``_.-~`` nor a slash has to be encoded. Google's
+    generated client adds an empty header to the one that its caller gives to AppendRows.
     """
     said = [
-        unquote(found)
+        found
         for key, header in context.invocation_metadata()
         if key == ROUTING_HEADER
         for name, _, found in (part.partition("=") for part in header.split("&"))
         if name == parameter
     ]
-    if said != [value]:
+    if not all(map(_ENCODED.fullmatch, said)) or list(map(unquote_plus, said)) != [value]:
         text = f"The header {ROUTING_HEADER} says {parameter}={said}, the request {value!r}."
         raise MalformedError(text)

@@ -228,11 +228,12 @@ class Connection:
             api.note_violation(name, text)
         rows = list(request.proto_rows.rows.serialized_rows)
         reader = self._reader(stream)
-        errors = self._errors(reader, rows) if api.strict else []
+        errors = self._errors(reader, rows, stream.table) if api.strict else []
         if errors:
             return row_errors_answer(name, errors)
         there = api.streams.append(name, offset, len(rows), lambda: reader.rows(rows))
-        api.note_append(name, there, len(rows), size)
+        if not stream.pending:
+            api.note_append(name, there, len(rows), size)
         api.faults.after_append(name, -1 if there is None else there)
         answer = append_answer(name, there)
         self._tell_schema(stream.table, answer)
@@ -249,8 +250,10 @@ class Connection:
                 "INVALID_ARGUMENT", kind, str(error), self.stream, detail=text
             ) from error
 
-    def _errors(self, reader: RowReader, rows: list[bytes]) -> list[tuple[int, str]]:
-        errors = reader.errors(rows)
+    def _errors(
+        self, reader: RowReader, rows: list[bytes], table: "Table"
+    ) -> list[tuple[int, str]]:
+        errors = reader.errors(rows, table.partition_column)
         poison = self._api.faults.poison
         if poison is not None:
             known = {index for index, _ in errors}

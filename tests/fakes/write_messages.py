@@ -45,7 +45,10 @@ def schema_message(table: Table) -> Any:  # noqa: ANN401 - protobuf's class
 
 def stream_message(stream: WriteStream, *, full: bool) -> Any:  # noqa: ANN401 - protobuf's class
     """Return a stream as a WriteStream; only the full view has the table's schema."""
-    shown = WriteStreamMessage(name=stream.name, type_=WriteStreamMessage.COMMITTED)
+    shown = WriteStreamMessage(
+        name=stream.name,
+        type_=WriteStreamMessage.PENDING if stream.pending else WriteStreamMessage.COMMITTED,
+    )
     shown.write_mode = WriteStreamMessage.INSERT
     shown.create_time.FromMilliseconds(stream.created_ms)
     shown.commit_time.CopyFrom(shown.create_time)

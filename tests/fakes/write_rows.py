@@ -16,7 +16,16 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 from google.protobuf.message import DecodeError
 
-from tests.fakes.rows import EPOCH_MAX_S, EPOCH_MIN_S, Column, Row, numeric_problem
+from tests.fakes.rows import (
+    EPOCH_MAX_S,
+    EPOCH_MIN_S,
+    WRITE_API_PAST,
+    Column,
+    Row,
+    numeric_problem,
+    partition_bounds,
+    partition_problem,
+)
 
 _F = FieldDescriptorProto
 _INT32, _INT64, _UINT32, _UINT64 = _F.TYPE_INT32, _F.TYPE_INT64, _F.TYPE_UINT32, _F.TYPE_UINT64
@@ -34,6 +43,7 @@ _TYPES: dict[str, frozenset[Any]] = {
 }
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MIN_US, _MAX_US = EPOCH_MIN_S * 1_000_000, EPOCH_MAX_S * 1_000_000 + 999_999
+_MICROSECOND = timedelta(microseconds=1)
 _NUMERIC_SCALE = 9
 
 _Judge = Callable[[Any], str]
@@ -132,11 +142,21 @@ class RowReader:
                 convert = _each(convert)
             self._converts[found.name] = (column.name, convert)
 
-    def errors(self, serialized: Sequence[bytes]) -> list[tuple[int, str]]:
-        """Return the index of each bad row, and what is wrong with it."""
+    def errors(
+        self, serialized: Sequence[bytes], partition_column: str | None = None
+    ) -> list[tuple[int, str]]:
+        """Return the index of each bad row, and what is wrong with it.
+
+        Args:
+            serialized: The rows.
+            partition_column: The TIMESTAMP column that the table is partitioned by, if any. That
+                a row is refused for it is documented; that it is a row error, and its words, which
+                are insertAll's, are assumed.
+        """
         errors = []
+        judge = self._partition_judge(partition_column) if partition_column else _judge_nothing
         for index, content in enumerate(serialized):
-            problem = self._problem(content)
+            problem = self._problem(content) or judge(content)
             if problem:
                 errors.append((index, problem))
         return errors
@@ -144,6 +164,19 @@ class RowReader:
     def rows(self, serialized: Sequence[bytes]) -> list[Row]:
         """Return the rows as insertAll's fake stores them; they must be good."""
         return [self._row(self._make(content)) for content in serialized]
+
+    def _partition_judge(self, column: str) -> Callable[[bytes], str]:
+        first, last = ((m - _EPOCH) // _MICROSECOND for m in partition_bounds(WRITE_API_PAST))
+        field = next((f for f, (c, _) in self._converts.items() if c == column), "")
+
+        def judge(content: bytes) -> str:
+            message = self._make(content)
+            micros = getattr(message, field) if field and message.HasField(field) else first
+            if first <= micros <= last:
+                return ""
+            return partition_problem(micros, column, WRITE_API_PAST)
+
+        return judge
 
     def _problem(self, content: bytes) -> str:
         try:
@@ -176,6 +209,10 @@ class RowReader:
 def row_reader(descriptor: bytes, columns: tuple[Column, ...], *, check: bool = True) -> RowReader:
     """Return the reader for a type and columns, which is worth remembering."""
     return RowReader(descriptor, columns, check=check)
+
+
+def _judge_nothing(_: bytes) -> str:
+    return ""
 
 
 def _judge_of(field_type: int, column_type: str) -> _Judge | None:

@@ -41,10 +41,12 @@ class MalformedError(StreamError):
 
 @dataclass(slots=True)
 class WriteStream:
-    """One stream; application-created ones are of type COMMITTED."""
+    """One stream; application-created ones are of type COMMITTED, or PENDING."""
 
     name: str
     table: Table
+    pending: bool = False
+    """Whether its rows are to be committed, which nothing here does: they are never seen."""
     row_count: int = 0
     finalized: bool = False
     created_ms: int = field(default_factory=lambda: int(time.time() * 1000))
@@ -70,22 +72,22 @@ class WriteStreams:
 
     @property
     def names(self) -> list[str]:
-        """The names of all streams that were ever created and not forgotten."""
+        """The names of all COMMITTED streams that were ever created and not forgotten."""
         with self._lock:
-            return list(self._streams)
+            return [name for name, stream in self._streams.items() if not stream.pending]
 
     @property
     def created(self) -> int:
-        """How many streams were created, forgotten ones too."""
+        """How many COMMITTED streams were created, forgotten ones too."""
         return self._created
 
-    def create(self, parent: str) -> WriteStream:
+    def create(self, parent: str, *, pending: bool = False) -> WriteStream:
         """Create a stream of the table ``projects/P/datasets/D/tables/T``."""
         table = self.table(parent)
         with self._lock:
-            self._created += 1
-            name = f"{parent}/streams/S{next(self._numbers)}"
-            stream = self._streams[name] = WriteStream(name, table)
+            self._created += not pending
+            name = f"{parent}/streams/{'P' if pending else 'S'}{next(self._numbers)}"
+            stream = self._streams[name] = WriteStream(name, table, pending)
             return stream
 
     def table(self, path: str) -> Table:
@@ -94,7 +96,7 @@ class WriteStreams:
         if len(parts) < 6 or parts[:6:2] != ["projects", "datasets", "tables"]:
             raise MalformedError(f"Invalid resource name: {path}")
         try:
-            return self._tables.table(".".join(parts[1:6:2]))
+            return self._tables.writable(".".join(parts[1:6:2]))
         except NotFoundError as error:
             text = "Requested entity was not found."
             raise StreamError("NOT_FOUND", "TABLE_NOT_FOUND", text, path) from error
@@ -164,7 +166,8 @@ class WriteStreams:
         """Append rows, all or none; return their offset, or None on the default stream."""
         with self._lock:
             stream = self.open_for_append(name, offset)
-            self._tables.append(stream.table, [None] * count, load)
+            if not stream.pending:
+                self._tables.append(stream.table, [None] * count, load)
             if is_default(name):
                 return None
             end = stream.row_count

@@ -30,16 +30,23 @@ class Earnest:
 
 
 @contextmanager
-def earnest(directory: Path, method: str = "storage", **variables: str) -> Iterator[Earnest]:
+def earnest(
+    directory: Path,
+    method: str = "storage",
+    *,
+    hosts: tuple[str, str, str] = HOSTS,
+    **variables: str,
+) -> Iterator[Earnest]:
     """Prepare a system with a key file, behind a proxy that plays Google; nothing runs yet.
 
     Args:
         directory: For keys and certificates.
         method: BIGQUERY_WRITE_METHOD.
+        hosts: The names by which Pub/Sub, BigQuery and its write API are reached.
         variables: Settings beside the usual ones.
     """
     authority = Authority(directory)
-    context = server_context(*authority.issue("google", *HOSTS))
+    context = server_context(*authority.issue("google", *hosts))
     key_file = directory / "key.json"
     with TokenServer() as tokens:
         private_key = tokens.make_key(key_file)
@@ -48,7 +55,7 @@ def earnest(directory: Path, method: str = "storage", **variables: str) -> Itera
         )
         cloud = rig.cloud
         ports = (cloud.pubsub.port, cloud.bigquery.port, cloud.write_api.port)
-        with TlsGate(context, dict(zip(HOSTS, ports, strict=True))) as gate, rig:
+        with TlsGate(context, dict(zip(hosts, ports, strict=True))) as gate, rig:
             for program in rig.programs.values():
                 for name in _EMULATORS:
                     del program.environment[name]

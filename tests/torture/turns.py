@@ -27,6 +27,7 @@ SIZES: Mapping[str, int] = {
     "pinned_readers": 6,
     "garbage": 4,
     "tmpdir": 12,
+    "poison": 10,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
