@@ -20,3 +20,14 @@ def backoff_s(failures: int, jitter: float) -> float:
     exponent = min(max(failures, 1) - 1, 16)
     ceiling = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0**exponent)
     return ceiling * (0.5 + 0.5 * jitter)
+
+
+def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
+    """Return how long to wait so that ``rows`` in ``elapsed_s`` stay below ``max_rate``.
+
+    Args:
+        rows: Delivered just now.
+        max_rate: Rows per second; 0 for no limit.
+        elapsed_s: How long that took.
+    """
+    return max(0.0, rows / max_rate - elapsed_s) if max_rate else 0.0

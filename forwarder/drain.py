@@ -15,13 +15,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from forwarder.backoff import HOLD_RETRY_S, backoff_s
+from forwarder.backoff import HOLD_RETRY_S, backoff_s, pause_for_rate_s
 from forwarder.batch import Batch, Checked, check, find_gaps
+from forwarder.bypass import Bypass, Hands
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
     SPOOL_DAMAGED,
+    AheadStep,
     CorruptFileError,
     DeadLetter,
     DiskFullError,
@@ -55,17 +57,6 @@ SPOOL_CHECK_S = 1.0
 DISK_FULL_RETRY_S = 5.0
 
 LOOP = "drain"
-
-
-def pause_for_rate_s(rows: int, max_rate: int, elapsed_s: float) -> float:
-    """Return how long to wait so that ``rows`` in ``elapsed_s`` stay below ``max_rate``.
-
-    Args:
-        rows: Delivered just now.
-        max_rate: Rows per second; 0 for no limit.
-        elapsed_s: How long that took.
-    """
-    return max(0.0, rows / max_rate - elapsed_s) if max_rate else 0.0
 
 
 class Drain:
@@ -112,7 +103,26 @@ class Drain:
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
         self._deaf = ""
-        self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
+        self._bypass = Bypass(
+            sink,
+            state,
+            Hands(
+                settle=self._settle_durably,
+                set_status=self._set_status,
+                log_dead=self._log_dead,
+                backoff_s=self._wait_s,
+                check_rows=self._check_environment,
+                pause=self._pause_for_rate,
+                batch_rows=lambda: self._batch_rows,
+                beat=partial(watchdog.beat, LOOP),
+                clock=clock,
+            ),
+        )
+
+    @property
+    def _batch_rows(self) -> int:
+        """How many rows to read at once."""
+        return min(self._sink.max_rows, self._max_rate or sys.maxsize)
 
     def run(self) -> None:
         """Drain until asked to stop; the batch in hand is settled as far as it got.
@@ -146,7 +156,14 @@ class Drain:
             if reader is None:
                 self._stop.wait(SPOOL_CHECK_S)
                 continue
-            if reader.changed() and self._drain_available(reader):
+            bypassed = self._bypass.active
+            if bypassed:
+                wait_s = min(self._bypass.turn(reader), POLL_ANNOUNCED_S)
+                self._position = self._bypass.cursor
+                if self._bypass.active:
+                    self._stop.wait(wait_s, reader if reader.listening else None)
+                    continue
+            if (reader.changed() or bypassed) and self._drain_available(reader):
                 last_row_at = self._clock()
                 # Rows that come close together go together; where the service took long,
                 # those behind have waited long enough.
@@ -181,6 +198,8 @@ class Drain:
         self._position = self._state.position(reader.epoch)
         reader.check_position(self._position)
         self._skip_other_environment(reader)
+        self._bypass.resume(reader, self._position)
+        self._position = self._bypass.cursor
         if isinstance(self._sink, JournalledSink):
             self._resume_through = self._sink.resume(reader.epoch)
         log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
@@ -211,7 +230,7 @@ class Drain:
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
-        while not self._stop.requested:
+        while not (self._stop.requested or self._bypass.active):
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
             rows = batch.rows
             if not rows:
@@ -225,10 +244,13 @@ class Drain:
             if len(rows) == self._batch_rows or batch.shortened:  # then there is probably more
                 self._ahead.plan(rows[-1][0], partial(self._read, reader))
             self._deliver(reader, batch)
-            if self._max_rate:
-                self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
+            self._pause_for_rate(len(rows), begun)
         self._ahead.forget()
         return any_rows
+
+    def _pause_for_rate(self, rows: int, begun_s: float) -> None:
+        if self._max_rate:
+            self._stop.wait(pause_for_rate_s(rows, self._max_rate, self._clock() - begun_s))
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
@@ -281,6 +303,10 @@ class Drain:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
                 self._set_status("delivering", "")
                 return
+            if delivery.faults:
+                # Some sites failed: the others do not wait for them.
+                self._bypass.begin(reader.epoch, self._position, batch, delivery)
+                return
             if progressed and delivery.fault is None:
                 continue  # what is confirmed had to be settled first
             failures = 1 if progressed else failures + 1
@@ -292,17 +318,18 @@ class Drain:
             self._settle_durably(batch.settle_before(before_seq, reader.epoch))
             self._position = batch.settled_seq
 
-    def _settle_durably(self, settlement: Settlement) -> None:
+    def _settle_durably(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
         """Move the cursor; on a full disk wait for room rather than deliver all again."""
+        moves = settlement.seq != self._position
         while True:
             try:
-                self._state.settle(settlement)
+                self._state.settle(settlement, ahead)
             except DiskFullError as error:
                 log.critical("cannot note what was delivered, waiting for room: %s", error)
                 self._watchdog.beat(LOOP)
                 if self._stop.wait(DISK_FULL_RETRY_S):
                     raise
-                if self._state.position(settlement.epoch) == settlement.seq:
+                if moves and self._state.position(settlement.epoch) == settlement.seq:
                     return  # the commit that failed did take place
             else:
                 return
@@ -312,7 +339,7 @@ class Drain:
         if fault is None:
             raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
         hold = fault.kind is FaultKind.HOLD
-        wait_s = HOLD_RETRY_S if hold else backoff_s(failures, self._jitter())
+        wait_s = self._wait_s(fault, failures)
         self._set_status("on hold" if hold else "retrying", str(fault))
         log.log(
             logging.ERROR if hold else logging.WARNING,
@@ -332,6 +359,12 @@ class Drain:
             self._watchdog.beat(LOOP)
             self._stop.wait(left_s)
         return self._stop.requested
+
+    def _wait_s(self, fault: Fault, failures: int) -> float:
+        """Return how long to wait after so many failures in a row."""
+        if fault.kind is FaultKind.HOLD:
+            return HOLD_RETRY_S
+        return backoff_s(failures, self._jitter())
 
     def _set_status(self, state: str, detail: str) -> None:
         detail = printable(detail)

@@ -61,6 +61,11 @@ def _sink_2(db: Database) -> None:
     _run_script(db, "sink_2.sql", 2)
 
 
+@sink_migrations(name="3")
+def _sink_3(db: Database) -> None:
+    _run_script(db, "sink_3.sql", 3)
+
+
 def migrate(
     conn: sqlite3.Connection,
     migrations: Migrations,

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spool.ahead import AheadStep, write_ahead
 from spool.connection import format_version, open_owner
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
 from spool.records import READING_COLUMNS, Reading
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
-SINK_FORMAT = 2
+SINK_FORMAT = 3
 
 _INSERT_DEAD = (
     f"INSERT INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
@@ -62,6 +63,8 @@ class Settlement:
     delivered: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    dead_ahead: int = 0
+    """Dead letters that were written while the cursor was before them, and are passed now."""
 
 
 class SinkState:
@@ -145,17 +148,21 @@ class SinkState:
             raise translated(error, "read the cursor", self.path) from error
         return (str(row[0]), int(row[1])) if row else None
 
-    def settle(self, settlement: Settlement) -> None:
-        """Move the cursor, with everything that explains the move, in one durable step."""
+    def settle(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
+        """Move the cursor, with everything that explains the move, in one durable step.
+
+        Args:
+            settlement: How far, and what became of the rows.
+            ahead: What changed behind the cursor, for a sink that delivers some sites ahead of
+                others.
+        """
         now_us = time.time_ns() // 1000
         s = settlement
         with self.transaction("move the cursor") as conn:
-            new = 0
-            for letter in s.dead:
-                seq, *columns = letter.row
-                new += conn.execute(
-                    _INSERT_DEAD, (now_us, letter.reason, letter.detail, s.epoch, seq, *columns)
-                ).rowcount
+            new = _insert_dead(conn, s.epoch, s.dead, now_us)
+            if ahead is not None:
+                _insert_dead(conn, s.epoch, ahead.dead, now_us)
+                write_ahead(conn, s.epoch, ahead)
             for gap in s.gaps:
                 conn.execute(
                     "INSERT INTO gap (noted_us, epoch, first_seq, last_seq, reason) "
@@ -164,7 +171,7 @@ class SinkState:
                 )
             counts = {
                 "delivered": s.delivered,
-                "dead_lettered": new,
+                "dead_lettered": new + s.dead_ahead,
                 "dropped": sum(gap.rows for gap in s.gaps),
             }
             conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
@@ -192,12 +199,45 @@ class SinkState:
                 (state, detail, time.time_ns() // 1000),
             )
 
+    def note(self, key: str) -> str:
+        """Return what was noted under ``key``; empty if nothing is."""
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, f"read the note {key}", self.path) from error
+        return str(row[0]) if row else ""
+
+    def set_note(self, key: str, value: str) -> None:
+        """Note ``value`` under ``key``, durably; an empty one removes the note."""
+        with self.transaction(f"write the note {key}") as conn:
+            if value:
+                conn.execute(
+                    "INSERT INTO meta (key, value) VALUES (?, ?) "
+                    "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (key, value),
+                )
+            else:
+                conn.execute("DELETE FROM meta WHERE key = ?", (key,))
+
     def counters(self) -> dict[str, int]:
         """Return the running totals."""
         try:
             return dict(self._conn.execute("SELECT name, value FROM counter"))
         except sqlite3.Error as error:
             raise translated(error, "read the counters", self.path) from error
+
+
+def _insert_dead(
+    conn: sqlite3.Connection, epoch: str, dead: Sequence[DeadLetter], now_us: int
+) -> int:
+    """Insert dead letters; return how many were not there yet."""
+    new = 0
+    for letter in dead:
+        seq, *columns = letter.row
+        new += conn.execute(
+            _INSERT_DEAD, (now_us, letter.reason, letter.detail, epoch, seq, *columns)
+        ).rowcount
+    return new
 
 
 def dead_letters(rows: Sequence[Reading], reason: str, detail: str) -> list[DeadLetter]:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forwarder.backoff import BACKOFF_MAX_S, HOLD_RETRY_S
+from forwarder.backoff import BACKOFF_MAX_S, HOLD_RETRY_S, pause_for_rate_s
 from forwarder.batch import find_gaps
-from forwarder.drain import Drain, pause_for_rate_s
+from forwarder.drain import Drain
 from forwarder.sink import Delivery, Fault, FaultKind
 from lifecycle import StopRequest, Watchdog
 from spool import (

@@ -30,7 +30,15 @@ from forwarder.sink import Fault, FaultKind
 from forwarder.storage import StorageSink
 from forwarder.writeapi import CallError
 from lifecycle import Watchdog, load_settings
-from spool import AppendJournal, Cut, Settlement, SinkState, SpoolWriter, claim_environment
+from spool import (
+    AheadStep,
+    AppendJournal,
+    Cut,
+    Settlement,
+    SinkState,
+    SpoolWriter,
+    claim_environment,
+)
 from tests.test_drain import FakeStop
 from tests.test_spool_writer import look, new_reading
 
@@ -281,9 +289,9 @@ class CrashingState(SinkState):
 
     dice: Dice
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
         self.dice.crash()
-        super().settle(settlement)
+        super().settle(settlement, ahead)
         self.dice.crash()
 
 
