@@ -189,8 +189,8 @@ def test_fewer_or_more_ids_than_messages_are_no_success(tmp_path: Path, told: fl
         return whole
 
     sink._connect()  # noqa: SLF001 - the one place where its channel is to be had
-    transport: Any = sink._client and sink._client.transport  # noqa: SLF001 - the same
-    sink._publish = transport.grpc_channel.unary_unary(  # noqa: SLF001 - the same
+    assert sink._connection  # noqa: SLF001 - the same
+    sink._publish = sink._connection.channel.unary_unary(  # noqa: SLF001 - the same
         "/google.pubsub.v1.Publisher/Publish",
         request_serializer=None,
         response_deserializer=half,
