@@ -20,6 +20,7 @@ class KeyedSink(MoodySink):
         super().__init__(seed)
         self.refused: set[str] = set()
         self.crashes = 0
+        self.trouble = TRANSIENT
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Refuse the readings of some sites, and do with the others what the mood says."""
@@ -32,7 +33,7 @@ class KeyedSink(MoodySink):
             raise
         if refused:
             delivery.retry = sorted([*delivery.retry, *refused])
-            delivery.fault = delivery.fault or TRANSIENT
+            delivery.fault = delivery.fault or self.trouble
         if delivery.fault is not None:
             delivery.faults = {row[4]: delivery.fault for row in delivery.retry}
         return delivery
