@@ -2,10 +2,10 @@
 
 A service may refuse one ordering key and take all others. A sink that can tell names the sites
 (:attr:`forwarder.sink.Delivery.faults`); then the drain loop hands over to this module until
-nothing is held any more. The cursor stays before the first reading of a held site. Behind it the
-other sites are delivered; of the held ones only the numbers of their readings are kept, each has
-its own backoff, and when its turn has come its readings are read again from the spool. The sink's
-file notes how far the others are (:mod:`spool.ahead`), so that a restart repeats none of that.
+nothing is held any more. The cursor stays before the first reading of a held site, and the other
+sites are delivered behind it. Of the held ones only the numbers of their readings are kept; each
+has a backoff of its own, and is read again from the spool when it is due. The sink's file notes
+how far the others are (:mod:`spool.ahead`), so that a restart repeats none of that.
 
 Nothing runs side by side: deliveries take turns, one of held sites, one of the others. Sites
 therefore wait for each other for one delivery, which a sink bounds by its deadline.
@@ -14,7 +14,6 @@ In an outage every site is held. Then what is read on, one batch after each back
 find sites that are not; it is forgotten when the service takes readings again.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from forwarder import heldlog
 from forwarder.batch import Batch, check, gap_reason
 from forwarder.held import HeldSites
 from forwarder.sink import Delivery, Fault, FaultKind, Sink
-from lifecycle import fields, printable
+from lifecycle import printable
 from spool import (
     AheadStep,
     DeadLetter,
@@ -35,18 +34,14 @@ from spool import (
     presentable,
 )
 
-log = logging.getLogger("forwarder")
-
 AHEAD_MAX_ROWS = 1_000_000
-"""How many readings may lie between the cursor and the last one that was delivered ahead of it.
-Bounds the memory (8 bytes for each that waits), and how much of the spool is kept for one site."""
+"""So many readings may lie between the cursor and the last one that was delivered ahead of it.
+Bounds the memory (8 bytes for each that waits), and what the spool keeps for one site."""
 
 POLL_S = 0.018
 """How often to look for new readings where they are not announced."""
 
 _NOTHING_TAKEN = Fault(FaultKind.TRANSIENT, "nothing was taken")
-
-CORRUPT = "the row's checksum is wrong: its bits changed"
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Bypass:
         """Everything up to here is settled, but for the readings of held sites."""
         self._noted_through = 0
         self._used_through = 0
-        """The last reading that was delivered ahead, or is a dead letter."""
+        """Behind it nothing was delivered, nor is a dead letter."""
         self._dead_ahead: list[int] = []
         """The seq of dead letters behind the cursor, which are in the file and not counted."""
         self._held_next = True
@@ -108,7 +103,7 @@ class Bypass:
 
     @property
     def active(self) -> bool:
-        """Whether sites are held: then call :meth:`turn` and nothing else reads the spool."""
+        """Whether sites are held: then call :meth:`turn`, and read nothing elsewhere."""
         return bool(self._held)
 
     def resume(self, reader: SpoolReader, cursor: int) -> None:
@@ -128,10 +123,7 @@ class Bypass:
         first_row = self._find_held(
             reader, {site: first for site, (first, _) in found.held.items()}
         )
-        log.warning(
-            "sites are held from before the restart; others are ahead of them",
-            extra=fields(sink=self._sink.name, sites=len(self._held), through_seq=self._through),
-        )
+        heldlog.log_resumed(self._sink.name, self._held, self._through)
         if first_row > cursor + 1:
             self._left_the_spool(reader, first_row - 1, [*range(cursor + 1, first_row)])
         else:
@@ -250,6 +242,7 @@ class Bypass:
             last = rows[0][0] - 1 if rows else reader.last_seq()
             self._left_the_spool(reader, last, self._held.take_through(last))
             return True
+        self._hands.check_rows(reader, rows)  # of before a restart, under another APP_ENV
         wanted = {seq: site for site, held in due.items() for seq in held.through(rows[-1][0])}
         checked = check([row for row in rows if row[0] in wanted])
         delivery = self._deliver(checked.good, wanted)
@@ -329,14 +322,7 @@ class Bypass:
         self._used_through = max(self._used_through, last)
         reason = gap_reason(last, reader.dropped_through())
         gaps = [Gap(first, end, reason) for first, end in _runs(gone)]
-        if gone:
-            log.error(
-                "readings are missing and will not be delivered: %s",
-                reason,
-                extra=fields(
-                    sink=self._sink.name, first_seq=gone[0], last_seq=gone[-1], rows=len(gone)
-                ),
-            )
+        heldlog.log_gone(self._sink.name, gone, reason)
         self._settle([], gaps)
 
     def _settle(self, dead: Iterable[DeadLetter], gaps: Sequence[Gap] = ()) -> None:
@@ -383,12 +369,12 @@ class Bypass:
         self._hands.set_status(*heldlog.status(self._held, limit_rows))
 
     def _report(self, delivery: Delivery) -> None:
-        if delivery.retry:
-            heldlog.log_failure(self._sink.name, delivery, self._held, self.cursor)
+        heldlog.log_failure(self._sink.name, delivery, self._held, self.cursor)
 
 
 def _corrupt(row: Reading) -> DeadLetter:
-    return DeadLetter(presentable(row), "corrupt_row", CORRUPT)
+    detail = "the row's checksum is wrong: its bits changed"
+    return DeadLetter(presentable(row), "corrupt_row", detail)
 
 
 def _runs(seqs: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What is told of held sites: log lines, and the sink's state."""
 
 import logging
+from collections.abc import Sequence
 
 from forwarder.held import HeldSites
 from forwarder.sink import Delivery, FaultKind
@@ -39,6 +40,24 @@ def log_full(sink: str, held: HeldSites, limit_rows: int) -> None:
             look="select * from held_sites",
         ),
     )
+
+
+def log_resumed(sink: str, held: HeldSites, through_seq: int) -> None:
+    """Log that sites are held since before the start."""
+    log.warning(
+        "sites are held from before the restart; others are ahead of them",
+        extra=fields(sink=sink, sites=len(held), through_seq=through_seq),
+    )
+
+
+def log_gone(sink: str, gone: Sequence[int], reason: str) -> None:
+    """Log readings that are no longer in the spool, if there are any, by their seq."""
+    if gone:
+        log.error(
+            "readings are missing and will not be delivered: %s",
+            reason,
+            extra=fields(sink=sink, first_seq=gone[0], last_seq=gone[-1], rows=len(gone)),
+        )
 
 
 def log_failure(sink: str, delivery: Delivery, held: HeldSites, after_seq: int) -> None:

@@ -20,6 +20,7 @@ SIZES: Mapping[str, int] = {
     "corruption": 21,
     "cloud_faults": 10,
     "mqtt_faults": 10,
+    "many_keys": 14,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
