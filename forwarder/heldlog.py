@@ -21,7 +21,7 @@ def status(held: HeldSites, limit_rows: int) -> tuple[str, str]:
         return "delivering", ""
     site, oldest = held.oldest()
     hold = any(fault.kind is FaultKind.HOLD for fault in held.faults())
-    others = f" and {len(held) - 1} more" if len(held) > 1 else ""
+    others = " and others" if len(held) > 1 else ""  # how many would change too often
     why = str(oldest.fault) if oldest.fault else "not tried yet"
     limit = f"all sites wait, others are {limit_rows} readings ahead of it; " if limit_rows else ""
     return "on hold" if hold else "retrying", f"held: site {site}{others}: {limit}{why}"

@@ -29,8 +29,8 @@ ROWS = 3_000
 HOT = 8
 BAD_VALUE = -666.0
 SOON_S = 60.0
-MEMORY_MAX_KIB = 120_000
-BATCH_MAX_ROWS = 24_000
+MEMORY_MAX_KIB = 150_000
+BATCH_MAX_ROWS = 16_000
 """A kill repeats at most one batch."""
 
 TROUBLES = ("one refused", "many refused", "hanging", "bad readings", "killed", "stopped", "outage")
