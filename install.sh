@@ -345,6 +345,7 @@ create_settings() {
     return
   fi
   install -m 0640 -o root -g "$ACCOUNT" "$SOURCE/deploy/sluice.env" "$file"
+  enter_setting INSTANCE_ID "$(default_instance_id)"
   if [ -n "${MQTT_BROKER:-}" ]; then
     enter_setting MQTT_BROKER "$MQTT_BROKER"
     enter_setting MQTT_PORT "${MQTT_PORT:-1883}"
@@ -355,6 +356,13 @@ create_settings() {
     warn "only $free MiB are free for $SPOOL: SPOOL_MAX_BYTES is set to 70 % of that."
   fi
   say "$file written; APP_ENV=LOCAL sends nothing to the cloud"
+}
+
+# As lifecycle/settings.py makes it of the host name; written down, it does not follow it.
+default_instance_id() {
+  local id
+  id=$(uname -n | sed -E 's/[^A-Za-z0-9._-]/-/g; s/^[._-]+//' | cut -c 1-200)
+  printf '%s\n' "${id:-sluice}"
 }
 
 enter_setting() { # <name> <value>
@@ -421,6 +429,12 @@ set_up_mosquitto() {
   else
     install -m 0644 "$SOURCE/deploy/mosquitto.conf" "$DROP_IN"
     changed=yes
+  fi
+  if grep -qsE '^[[:space:]]*per_listener_settings[[:space:]]+true' \
+    /etc/mosquitto/mosquitto.conf /etc/mosquitto/conf.d/*.conf; then
+    warn "per_listener_settings is true. With Mosquitto 2.0.12 and later (2.0.11 is not" \
+      "affected) what it queues for Sluice while Sluice is away never comes." \
+      "Change to one of the two recipes in $SOURCE/deploy/mosquitto.conf."
   fi
   if [ "$changed" = yes ] || ! broker_answers; then restart_mosquitto; fi
   local port

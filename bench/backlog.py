@@ -23,6 +23,7 @@ from bench.processes import BenchError, Process
 from bench.report import Row
 from bench.rig import START_TIMEOUT_S, Rig, rig, wait_for
 from bench.servers import NAMES, TABLE_REF, PubSub, bigquery_environ, fake_bigquery, fake_pubsub
+from lifecycle import SINKS
 from spool import Settlement, SinkState, SpoolReader, sink_path, spool_path
 
 BACKLOG_ROWS = int(os.environ.get("SLUICE_BENCH_BACKLOG", "10000000"))
@@ -55,7 +56,7 @@ def last_seq(directory: Path) -> int:
 
 
 def _forget_sinks(directory: Path) -> None:
-    for sink in ("pubsub", "bigquery"):
+    for sink in SINKS:
         for path in directory.glob(f"{sink_path(directory, sink).name}*"):
             path.unlink()
 
@@ -197,7 +198,7 @@ def _started(setup: Rig, server: PubSub) -> dict[str, float]:
     begun = time.perf_counter()
     setup.collector(**environ)
     took["collector"] = time.perf_counter() - begun
-    for sink in ("pubsub", "bigquery"):
+    for sink in SINKS:
         begun = time.perf_counter()
         process: Process = setup.forwarder(sink, **{**environ, "LOG_LEVEL": "INFO"})
         process.wait_output('"draining"', START_TIMEOUT_S)

@@ -10,7 +10,8 @@ process has yet to allocate.
 from bench.processes import BenchError, pause
 from bench.report import Row
 from bench.rig import Rig, rig, wait_for
-from bench.system import SINKS, System
+from bench.system import System
+from lifecycle import SINKS
 
 BACKLOG_FACTOR = 5
 """Readings of backlog per ``--count``: a million at the default of 200,000."""

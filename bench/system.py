@@ -6,8 +6,8 @@ from bench.fill import APP_ENV
 from bench.processes import BenchError, Process
 from bench.rig import START_TIMEOUT_S, Rig, wait_for
 from bench.servers import NAMES, TABLE_REF, Fake, fake_bigquery
+from lifecycle import SINKS
 
-SINKS = ("pubsub", "bigquery")
 TOPIC = "projects/bench/topics/system"
 LOOK_EVERY_S = 0.05
 

@@ -3,25 +3,38 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from collector.housekeeping import Housekeeping, warn_of_small_disk
+from collector.identity import KeptIdentity
 from collector.inbox import Inbox
 from collector.mqtt import LOOP as NETWORK_LOOP
 from collector.mqtt import BrokerSession
 from collector.store import LOOP as WRITER_LOOP
 from collector.store import SALVAGE_KEY, Store
 from collector.validation import Validator
-from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from lifecycle import (
+    SINKS,
+    ExitCode,
+    Program,
+    Settings,
+    StopRequest,
+    Watchdog,
+    fields,
+    leave,
+    run,
+)
 from spool import (
     Ballast,
     Budget,
     CorruptFileError,
+    DiskFullError,
     NewerFormatError,
     Retention,
     Salvage,
     SinkFile,
+    SinkFiles,
     SinkProgress,
     SpoolError,
     SpoolWriter,
@@ -45,15 +58,12 @@ FINISH_TIMEOUT_S = 8.0
 
 US_PER_HOUR = 3_600_000_000
 SUBSCRIPTION_KEY = "mqtt_subscription"
-SINKS = ("pubsub", "bigquery")
 
 log = logging.getLogger("collector")
 
 
 def _body(settings: Settings, stop: StopRequest) -> None:
-    sinks = [
-        SinkFile(settings.spool_dir, sink, enabled=sink in settings.enabled_sinks) for sink in SINKS
-    ]
+    sinks = SinkFiles(settings.spool_dir, {s: s in settings.enabled_sinks for s in SINKS})
     writer, salvage = _open_spool(settings, sinks)
     try:
         if salvage is not None:
@@ -95,11 +105,17 @@ def _claim_salvage(salvage: Salvage, app_env: str, sinks: Sequence[SinkProgress]
 
 
 def _open_spool(
-    settings: Settings, sinks: Sequence[SinkFile]
+    settings: Settings, sinks: Iterable[SinkFile]
 ) -> tuple[SpoolWriter, Salvage | None]:
     """Open the spool; a damaged one is set aside and a new one takes its place."""
     directory = settings.spool_dir
     try:
+        writer = _open_writer(directory)
+    except DiskFullError as error:
+        # To open the spool is to sync its log and to read it, and both may need room.
+        if not Ballast(directory, settings.spool_max_bytes).release():
+            raise
+        log.warning("gave up the ballast file, so that the spool can be opened: %s", error)
         writer = _open_writer(directory)
     except UnreadableFileError as error:
         if not lasting(error):
@@ -167,21 +183,27 @@ def _collect(
     stop: StopRequest,
     writer: SpoolWriter,
     salvage: Salvage | None,
-    sinks: Sequence[SinkFile],
+    sinks: Iterable[SinkFile],
 ) -> None:
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     inbox = Inbox(on_room=stop.wake)
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
+    chosen = any(os.environ.get(name, "").strip() for name in ("INSTANCE_ID", "MQTT_CLIENT_ID"))
+    identity = KeptIdentity(settings, known, chosen=chosen)
+    settings = identity.settings
     broker = [settings.mqtt_broker, settings.mqtt_port, settings.mqtt_client_id]
+
+    def on_subscribed(filters: Sequence[str]) -> None:
+        identity.subscribed()
+        store.remember(SUBSCRIPTION_KEY, json.dumps([*broker, *filters]))
+
     session = BrokerSession(
         settings,
         inbox,
         stop,
         watchdog,
         known_filters=known[3:] if known[:3] == broker else (),
-        on_subscribed=lambda filters: store.remember(
-            SUBSCRIPTION_KEY, json.dumps([*broker, *filters])
-        ),
+        on_subscribed=on_subscribed,
     )
     store = Store(
         open_writer=lambda: SpoolWriter.open(settings.spool_dir),

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from lifecycle import fields
 from spool import (
@@ -26,6 +26,9 @@ PROGRESS_INTERVAL_S = 1.0
 UNCHANGED_PROGRESS_INTERVAL_S = 15.0
 """So that as_of stays fresh on a quiet system without a write each second."""
 
+UNDECLARED_INTERVAL_S = 3600.0
+"""Between two warnings of the same sink file."""
+
 LEVEL_INTERVAL_S = 1.0
 BALLAST_INTERVAL_S = 60.0
 RETURN_SPACE_STEP_BYTES = 1024 * 1024
@@ -47,7 +50,7 @@ class Housekeeping:
     """Keeps one spool within its limits, between the batches.
 
     Args:
-        sinks: The files of all sinks, the disabled ones too.
+        sinks: The files of all sinks, the disabled ones too; iterated over at each look.
         retention: What may be pruned.
         budget: SPOOL_MAX_BYTES.
         ballast: Given up on a full disk.
@@ -59,7 +62,7 @@ class Housekeeping:
     def __init__(  # noqa: PLR0913 - each is a seam that tests pass in
         self,
         *,
-        sinks: Sequence[SinkFile],
+        sinks: Iterable[SinkFile],
         retention: Retention,
         budget: Budget,
         ballast: Ballast,
@@ -83,6 +86,7 @@ class Housekeeping:
         self._ballast_at = float("-inf")
         self._returned_at = float("-inf")
         self._told = Level.GOOD
+        self._undeclared_told_at: dict[str, float] = {}
         self.more = salvage is not None
         """Whether there is work left that should not wait for the next message."""
 
@@ -130,6 +134,17 @@ class Housekeeping:
     def _read_progress(self, now: float) -> None:
         self._progress = [sink.read() for sink in self._sinks]
         self._read_at = now
+        undeclared = {p.sink: p for p in self._progress if not p.declared}
+        self._undeclared_told_at = {
+            sink: at for sink, at in self._undeclared_told_at.items() if sink in undeclared
+        }
+        for sink, p in undeclared.items():
+            if now - self._undeclared_told_at.get(sink, float("-inf")) >= UNDECLARED_INTERVAL_S:
+                self._undeclared_told_at[sink] = now
+                log.warning(
+                    "undeclared sink file holds pruning",
+                    extra=fields(sink=sink, cursor_seq=p.seq, epoch=p.epoch, remedy=p.detail),
+                )
 
     def _progress_due(self, now: float) -> bool:
         if now - self._stored_at >= UNCHANGED_PROGRESS_INTERVAL_S:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from collector.dedup import DedupWindow
 from collector.housekeeping import Housekeeping
 from collector.inbox import Delivered, Inbox
-from collector.notices import Notices
 from collector.paho_client import Ack
 from collector.validation import Validator
-from lifecycle import StopRequest, Watchdog, fields
+from lifecycle import RateLimitedLog, StopRequest, Watchdog, fields
 from spool import (
     ROW_OVERHEAD_BYTES,
     CorruptFileError,
@@ -97,7 +96,7 @@ class Store:
         self._drop_oldest = drop_oldest
         self._stop = stop
         self._watchdog = watchdog
-        self._notices = Notices(log)
+        self._notices = RateLimitedLog(log)
         self._meta: dict[str, str] = {}
         self._window = DedupWindow(dedup_window, writer.tail_event_ids(dedup_window))
         self._thread = threading.Thread(target=self._run, name="writer")

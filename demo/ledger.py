@@ -1,7 +1,7 @@
 """What the spool and the forwarders' files say, read as any operator could read it.
 
 Plain SQL on read-only connections, and on purpose none of Sluice's own code: who checks
-the books must not use the bookkeeper's pen.
+the books must not use the bookkeeper's pen. (Only the list of sinks is shared.)
 
 The figures of one moment agree with each other, while everything runs: first each sink's
 totals and cursor, in one transaction; then the spool's totals and what lies behind those
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SINKS = ("pubsub", "bigquery")
+from lifecycle import SINKS
 
 _BUSY_TIMEOUT_S = 5.0
 

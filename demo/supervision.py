@@ -1,4 +1,4 @@
-"""supervisord and its three programs."""
+"""supervisord, its three programs and the restarter."""
 
 import contextlib
 import subprocess

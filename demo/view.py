@@ -1,6 +1,7 @@
 """The live lines: one a second, for a terminal of 80 columns."""
 
-from demo.ledger import SINKS, Figures
+from demo.ledger import Figures
+from lifecycle import SINKS
 
 REPEAT_HEADER_EVERY = 20
 

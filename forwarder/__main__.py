@@ -3,11 +3,23 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from forwarder.drain import LOOP, Drain
-from forwarder.registry import SINKS, build
-from lifecycle import ExitCode, Program, Settings, StopRequest, Watchdog, fields, leave, run
+from forwarder.registry import build
+from lifecycle import (
+    SINKS,
+    ExitCode,
+    Program,
+    Settings,
+    StopRequest,
+    Watchdog,
+    fields,
+    leave,
+    run,
+)
 from spool import (
     CorruptFileError,
     CursorAheadError,
@@ -57,7 +69,7 @@ def main(arguments: list[str]) -> ExitCode:
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     watchdog = Watchdog([LOOP], WATCHDOG_S)
-    state = _open_state(settings.spool_dir, name)
+    state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes)
     sink = build(name, settings, state)
     try:
         Drain(
@@ -81,17 +93,18 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
         sink.close()
 
 
-def _open_state(directory: Path, name: str) -> SinkState:
+def _open_state(directory: Path, name: str, dead_letter_max_bytes: int) -> SinkState:
     """Open the sink's file; a damaged one is set aside and a new one takes its place."""
+    opened = partial(SinkState.open, directory, name, dead_letter_max_bytes)
     try:
-        state = SinkState.open(directory, name)
+        state = opened()
     except UnreadableFileError as error:
         if not lasting(error):
             raise
-        state = _begin_anew(directory, name, error)
+        state = _begin_anew(opened, error)
     except CorruptFileError as error:
         log.warning("opened once more, for it may have been a read error that passes: %s", error)
-        state = _open_again(directory, name)
+        state = _open_again(opened)
     readable(state.path)
     if state.restored is not None:
         log.critical(
@@ -108,18 +121,18 @@ def _open_state(directory: Path, name: str) -> SinkState:
     return state
 
 
-def _open_again(directory: Path, name: str) -> SinkState:
+def _open_again(opened: Callable[[], SinkState]) -> SinkState:
     try:
-        return SinkState.open(directory, name)
+        return opened()
     except CorruptFileError as error:
-        return _begin_anew(directory, name, error)
+        return _begin_anew(opened, error)
 
 
 def _begin_anew(
-    directory: Path, name: str, error: CorruptFileError | UnreadableFileError
+    opened: Callable[[], SinkState], error: CorruptFileError | UnreadableFileError
 ) -> SinkState:
     _set_aside(error.path, error)
-    return SinkState.open(directory, name)
+    return opened()
 
 
 def _set_aside(path: Path, error: SpoolError) -> None:

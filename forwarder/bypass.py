@@ -100,6 +100,8 @@ class Bypass:
         """How often in a row the service took no reading of a site that was not held."""
         self._blocked_until_s = self._read_at_s = float("-inf")
         self._full = False
+        self._first = True
+        """Whether nothing was written yet of what is held."""
 
     @property
     def active(self) -> bool:
@@ -119,6 +121,7 @@ class Bypass:
             return
         reader.check_position(found.through)
         self._dead_ahead = found.dead
+        self._first = False
         self._through = self._noted_through = self._used_through = found.through
         first_row = self._find_held(
             reader, {site: first for site, (first, _) in found.held.items()}
@@ -168,6 +171,7 @@ class Bypass:
         self._held.loaded({})
         self._dead_ahead = []
         self._held_next = self._full = False
+        self._first = True
         self._failures = 0
         self._blocked_until_s = self._read_at_s = float("-inf")
 
@@ -332,7 +336,7 @@ class Bypass:
         settlement = Settlement(
             self._epoch, cursor, dead=[d for d in dead if d.row[0] <= cursor], gaps=[*gaps]
         )
-        step = AheadStep(dead=[d for d in dead if d.row[0] > cursor])
+        step = AheadStep(dead=[d for d in dead if d.row[0] > cursor], first=self._first)
         step.held, step.released = self._held.changes()
         step.through = self._through if self._held else 0
         passed = [seq for seq in self._dead_ahead if seq <= cursor]
@@ -347,6 +351,7 @@ class Bypass:
         moved = (cursor, step.through) != (self.cursor, self._noted_through)
         if moved or dead or step.held or step.released:
             self._hands.settle(settlement, step)
+            self._first = False
         self._held.noted(step.held, step.released)
         self.cursor, self._noted_through = cursor, step.through
         self._dead_ahead = sorted(

@@ -18,6 +18,8 @@ from pathlib import Path
 from forwarder.backoff import HOLD_RETRY_S, backoff_s, pause_for_rate_s
 from forwarder.batch import Batch, Checked, check, find_gaps
 from forwarder.bypass import Bypass, Hands
+from forwarder.dead_letters import DeadLetterWatch
+from forwarder.gaplog import log_gaps
 from forwarder.readahead import ReadAhead
 from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
@@ -102,14 +104,15 @@ class Drain:
         self._resume_through = 0
         self._status = ("", "")
         self._ahead = ReadAhead(sink)
+        self._letters = DeadLetterWatch(sink.name, state, clock)
         self._deaf = ""
         self._bypass = Bypass(
             sink,
             state,
             Hands(
                 settle=self._settle_durably,
-                set_status=self._set_status,
-                log_dead=self._log_dead,
+                set_status=lambda s, d: self._set_status(s, d or self._letters.notice()),
+                log_dead=self._letters.report,
                 backoff_s=self._wait_s,
                 check_rows=self._check_environment,
                 pause=self._pause_for_rate,
@@ -143,11 +146,12 @@ class Drain:
             self._reader.close()
 
     def _loop(self) -> None:
-        self._set_status("delivering", "")
+        self._set_status("delivering", self._letters.notice())
         last_row_at = float("-inf")
         checked_at = float("-inf")
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
+            self._letters.flush()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -158,6 +162,8 @@ class Drain:
                 continue
             bypassed = self._bypass.active
             if bypassed:
+                if not self._room_for_dead_letters(reader):
+                    continue
                 wait_s = min(self._bypass.turn(reader), POLL_ANNOUNCED_S)
                 self._position = self._bypass.cursor
                 if self._bypass.active:
@@ -223,14 +229,14 @@ class Drain:
         first = reader.environment_from()
         if self._position < first:
             gap = Gap(self._position + 1, first, "taken and delivered under another APP_ENV")
-            self._note_gaps([gap])
+            log_gaps(self._sink.name, [gap])
             self._settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
             self._position = first
 
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
-        while not (self._stop.requested or self._bypass.active):
+        while not self._bypass.active and self._room_for_dead_letters(reader):
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
             rows = batch.rows
             if not rows:
@@ -252,6 +258,22 @@ class Drain:
         if self._max_rate:
             self._stop.wait(pause_for_rate_s(rows, self._max_rate, self._clock() - begun_s))
 
+    def _room_for_dead_letters(self, reader: SpoolReader) -> bool:
+        """Wait until a batch may begin; return False where ``reader`` is to be used no more."""
+        held = False
+        # What a journalled sink was sending when it was interrupted had begun within the budget.
+        # It is finished: in a few days its stream would be forgotten.
+        while self._position >= self._resume_through and (full := self._letters.full()):
+            held = True
+            if self._wait_after(full, 1, 0):
+                return False
+            self._check_spool()
+            if self._reader is not reader:
+                return False
+        if held:
+            self._set_status("delivering", self._letters.notice())
+        return not self._stop.requested
+
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
         """Read the next batch; all that the sink was sending when it was interrupted."""
         interrupted = self._resume_through - after_seq
@@ -265,7 +287,7 @@ class Drain:
             reader.check_position(self._position)
         if self._position < last and not reader.read_after(self._position, 1, 1):
             gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
-            self._note_gaps([gap])
+            log_gaps(self._sink.name, [gap])
             self._settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
             self._position = last
 
@@ -281,12 +303,12 @@ class Drain:
         rows, todo = checked.rows, checked.good
         gaps = find_gaps(self._position, rows, reader.dropped_through())
         batch = Batch(rows, gaps, settled_seq=self._position)
-        self._note_gaps(batch.gaps)
+        log_gaps(self._sink.name, batch.gaps)
         detail = "the row's checksum is wrong: its bits changed"
         batch.dead += [
             DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged
         ]
-        self._log_dead(batch.dead)
+        self._letters.report(batch.dead)
         failures = 0
         while True:
             delivery = self._sink.deliver(todo) if todo else Delivery()
@@ -294,14 +316,14 @@ class Drain:
             # A service's words are read in terminals, and may be anybody's (a captive portal's).
             dead = [replace(d, detail=printable(d.detail)) for d in delivery.dead]
             batch.dead += dead
-            self._log_dead(dead)
+            self._letters.report(dead)
             progressed = len(delivery.retry) < len(todo)
             todo = delivery.retry
             self._settle(reader, batch, todo[0][0] if todo else rows[-1][0] + 1)
             if not todo:
                 if failures:
                     log.info("delivering again", extra=fields(sink=self._sink.name))
-                self._set_status("delivering", "")
+                self._set_status("delivering", self._letters.notice())
                 return
             if delivery.faults:
                 # Some sites failed: the others do not wait for them.
@@ -371,30 +393,3 @@ class Drain:
         if (state, detail) != self._status:
             self._state.set_status(state, detail)
             self._status = (state, detail)
-
-    def _note_gaps(self, gaps: Sequence[Gap]) -> None:
-        for gap in gaps:
-            log.error(
-                "readings are missing and will not be delivered: %s",
-                gap.reason,
-                extra=fields(
-                    sink=self._sink.name,
-                    first_seq=gap.first_seq,
-                    last_seq=gap.last_seq,
-                    rows=gap.rows,
-                ),
-            )
-
-    def _log_dead(self, dead: Sequence[DeadLetter]) -> None:
-        for letter in dead:
-            log.error(
-                "dead letter: %s",
-                letter.detail,
-                extra=fields(
-                    sink=self._sink.name,
-                    reason=letter.reason,
-                    seq=letter.row[0],
-                    topic=letter.row[8],
-                    look="select * from dead_letters",
-                ),
-            )

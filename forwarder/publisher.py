@@ -26,6 +26,11 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_send_message_length", -1),
 )
+EMULATOR_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
+    ("grpc.enable_http_proxy", 0),
+)
 LIST_METHOD = "/google.pubsub.v1.Publisher/ListTopicSubscriptions"
 
 ListRequest = _ListRequest.pb()
@@ -69,7 +74,7 @@ def connect(settings: Settings) -> Connection:
         FaultError: There are no credentials, or the client cannot be built now.
     """
     if settings.pubsub_emulator_host:
-        channel = grpc.insecure_channel(settings.pubsub_emulator_host, options=CHANNEL_OPTIONS)
+        channel = grpc.insecure_channel(settings.pubsub_emulator_host, options=EMULATOR_OPTIONS)
         transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
         return Connection(PublisherClient(transport=transport), channel, None)
     host = settings.pubsub_endpoint or PublisherClient.DEFAULT_ENDPOINT

@@ -1,4 +1,7 @@
-"""Which sinks there are. A new one is a module and a line here."""
+"""How each sink is built. A new one is a module, a line here and its settings.
+
+Which sinks there are says :data:`lifecycle.SINKS`.
+"""
 
 from collections.abc import Callable
 
@@ -32,7 +35,7 @@ def _bigquery(settings: Settings, state: SinkState) -> Sink:
     return StorageSink(settings, state)
 
 
-SINKS: dict[str, Callable[[Settings, SinkState], Sink]] = {
+BUILDERS: dict[str, Callable[[Settings, SinkState], Sink]] = {
     "pubsub": _pubsub,
     "bigquery": _bigquery,
 }
@@ -42,10 +45,10 @@ def build(name: str, settings: Settings, state: SinkState) -> Sink:
     """Return the sink ``name``, or the log in its place where APP_ENV is LOCAL.
 
     Args:
-        name: One of :data:`SINKS`.
+        name: One of :data:`BUILDERS`.
         settings: Where to deliver, and how.
         state: The sink's own file.
     """
     if settings.app_env == "LOCAL":
         return LogSink(name)
-    return SINKS[name](settings, state)
+    return BUILDERS[name](settings, state)

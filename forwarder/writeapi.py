@@ -41,6 +41,11 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 )
+EMULATOR_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
+    ("grpc.enable_http_proxy", 0),
+)
 STATUS_DETAILS = "grpc-status-details-bin"
 """Where a call's status carries a google.rpc.Status with more than code and words."""
 
@@ -108,7 +113,7 @@ class WriteApi:
         transport = BigQueryWriteGrpcTransport
         channel: grpc.Channel
         if self._emulator:
-            channel = grpc.insecure_channel(self._emulator, options=CHANNEL_OPTIONS)
+            channel = grpc.insecure_channel(self._emulator, options=EMULATOR_OPTIONS)
         else:
             # Each channel reads them anew: the key file may be another one since.
             self._credentials = find_credentials(transport.AUTH_SCOPES)

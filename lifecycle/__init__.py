@@ -7,19 +7,25 @@ sibling, so the spool can be used without it and it without the spool.
 
 from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
+from lifecycle.identity import Identity, SessionId, read_identity, write_identity
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields, printable
 from lifecycle.program import Program, leave, run
-from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.rate_limited_log import RateLimitedLog
+from lifecycle.settings import SINKS, Settings, SettingsError, load_settings
 from lifecycle.shutdown import StopRequest
 from lifecycle.watchdog import Watchdog
 
 __all__ = [
+    "SINKS",
     "AlreadyRunningError",
     "EnvironmentFileError",
     "ExitCode",
+    "Identity",
     "InstanceLock",
     "Program",
+    "RateLimitedLog",
+    "SessionId",
     "Settings",
     "SettingsError",
     "StopRequest",
@@ -30,5 +36,7 @@ __all__ = [
     "load_settings",
     "merged_environment",
     "printable",
+    "read_identity",
     "run",
+    "write_identity",
 ]

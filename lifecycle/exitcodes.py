@@ -13,4 +13,5 @@ class ExitCode(IntEnum):
     STORAGE = 75
     """The disk or a file on it failed (EX_TEMPFAIL). A restart tries again."""
     CONFIG = 78
-    """Wrong or contradicting settings (EX_CONFIG). Only a person can mend this."""
+    """Wrong or contradicting settings (EX_CONFIG). An operator has to change them; a start is tried
+    again once they have changed."""

@@ -8,21 +8,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields
-from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.proxies import proxies_for_grpc
+from lifecycle.refusal import (
+    RUN_DIR_VARIABLE,
+    Circumstances,
+    examine,
+    forget_refusal,
+    note_refusal,
+    read_refusal,
+    still_refused,
+)
+from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
 
 STORAGE_FAULT_MIN_UPTIME_S = 5.0
-"""A process with a storage fault stays this long, above supervisord's ``startsecs``: a fault
-that a restart may mend must never end in FATAL, which is for good."""
+"""A process with a storage fault stays this long, above supervisord's ``startsecs``: it counts as
+started, and is started again at once and for as long as the fault lasts."""
 
 GC_THRESHOLD = (20_000, 10, 10)
 """Python's own (700) looks for cycles a dozen times in each batch, among thousands of rows that
@@ -56,17 +65,30 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     _leave_no_core()
     gc.set_threshold(*GC_THRESHOLD)
     configure_logging(program.role)
-    try:
-        environ.update(merged_environment(environ))
-        settings = load_settings(environ, socket.gethostname())
-    except EnvironmentFileError as error:
-        return _report_settings(SettingsError([str(error)]))
-    except SettingsError as error:
-        return _report_settings(error)
+    found = examine(environ, socket.gethostname())
+    run_dir = environ.get(RUN_DIR_VARIABLE, "")
+    settings = found.settings
+    if settings is None:
+        _report_settings(found.problems)
+        reason = "; ".join(found.problems)
+        note_refusal(run_dir, program.role, found.fingerprint, reason, 0.0)
+        return ExitCode.CONFIG
+    environ.update(found.environ)
+    # Before anything imports grpc, which reads them when its first channel is made.
+    variables, proxy_problems = proxies_for_grpc(environ)
+    environ.update(variables)
     configure_logging(program.role, settings.log_level, settings.log_format)
+    for problem in proxy_problems:
+        log.warning("the proxy: %s", problem)
+    refusal = read_refusal(run_dir, program.role)
+    if refusal is not None and still_refused(refusal, found.fingerprint):
+        log.critical("ends: %s", refusal.reason, extra=fields(exit_code=int(ExitCode.CONFIG)))
+        note_refusal(run_dir, program.role, found.fingerprint, refusal.reason, refusal.after_s)
+        return ExitCode.CONFIG
+    forget_refusal(run_dir, program.role)
     stop = StopRequest(supervised=environ.get("SUPERVISOR_ENABLED") == "1")
     stop.install(on_overdue=_leave_overdue)
-    code = _run_body(program, settings, stop)
+    code = _run_body(program, settings, found, stop)
     if code is ExitCode.STORAGE:
         deadline = started + STORAGE_FAULT_MIN_UPTIME_S
         # The program's own threads also ask for the stop when they fail; only a wish from
@@ -84,7 +106,10 @@ def _leave_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCode:
+def _run_body(
+    program: Program, settings: Settings, found: Circumstances, stop: StopRequest
+) -> ExitCode:
+    begun = time.monotonic()
     try:
         _prepare_directory(settings.spool_dir)
         lock = InstanceLock(settings.spool_dir, program.role)
@@ -101,14 +126,32 @@ def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCo
             settings.spool_dir,
         )
         return ExitCode.STORAGE
-    log.info("started", extra=fields(app_env=settings.app_env, pid=os.getpid()))
+    log.info(
+        "started",
+        extra=fields(app_env=settings.app_env, pid=os.getpid(), instance_id=settings.instance_id),
+    )
+    _tell_kept_id(settings.instance_id, found.environ)
     try:
         program.body(settings, stop)
     except tuple(program.exit_codes) as error:
         code = next(c for kind, c in program.exit_codes.items() if isinstance(error, kind))
         log.critical("ends: %s", error, extra=fields(exit_code=int(code)))
+        if code is ExitCode.CONFIG:
+            run_dir = found.environ.get(RUN_DIR_VARIABLE, "")
+            after_s = time.monotonic() - begun
+            note_refusal(run_dir, program.role, found.fingerprint, str(error), after_s)
         return code
-    except Exception:
+    except Exception as error:
+        if _of_the_disk(error, settings.spool_dir):
+            log.critical(
+                "storage fault: %s; check the disk and its rights: df -h %s; ls -la %s; "
+                "dmesg | tail",
+                error,
+                settings.spool_dir,
+                settings.spool_dir,
+                extra=fields(exit_code=int(ExitCode.STORAGE)),
+            )
+            return ExitCode.STORAGE
         log.critical(
             "ends by an error that nobody foresaw; nothing that was acknowledged is lost. "
             "Please report the traceback",
@@ -120,6 +163,26 @@ def _run_body(program: Program, settings: Settings, stop: StopRequest) -> ExitCo
     return ExitCode.CLEAN
 
 
+def _tell_kept_id(instance_id: str, environ: Mapping[str, str]) -> None:
+    host_name = socket.gethostname()
+    if not environ.get("INSTANCE_ID", "").strip() and instance_id != instance_id_of(host_name):
+        log.info(
+            "INSTANCE_ID is not set; the one that is kept is used, not the host name",
+            extra=fields(instance_id=instance_id, host_name=host_name),
+        )
+
+
+def _of_the_disk(error: Exception, directory: Path) -> bool:
+    """Return whether it is a system call that failed on a file in ``directory``.
+
+    The files' own modules translate what they expect; any call on a failing disk can fail.
+    """
+    if not isinstance(error, OSError):
+        return False
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    return any(Path(os.fsdecode(name)).is_relative_to(directory) for name in names)
+
+
 def _prepare_directory(directory: Path) -> None:
     # 2750 with group sluice: members may look with sqlite3, nobody else; the set-group bit
     # hands the group on to every file that SQLite makes beside the database.
@@ -129,18 +192,18 @@ def _prepare_directory(directory: Path) -> None:
         directory.chmod(0o2750)
 
 
-def _report_settings(error: SettingsError) -> ExitCode:
-    count = len(error.problems)
+def _report_settings(problems: Sequence[str]) -> None:
+    count = len(problems)
     log.critical(
-        "configuration: %d problem%s, nothing was started; mend the environment or the file "
-        "that SLUICE_ENV_FILE names, then: supervisorctl restart all",
+        "configuration: %d problem%s, nothing was started; correct the environment or the file "
+        "that SLUICE_ENV_FILE names: this program is then tried again within 10 s, or at once by: "
+        "supervisorctl restart all",
         count,
         "" if count == 1 else "s",
         extra=fields(exit_code=int(ExitCode.CONFIG)),
     )
-    for number, problem in enumerate(error.problems, 1):
+    for number, problem in enumerate(problems, 1):
         log.critical("configuration %d/%d: %s", number, count, problem)
-    return ExitCode.CONFIG
 
 
 def _leave_overdue() -> NoReturn:

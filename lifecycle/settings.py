@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
 
 KIB = 1024
@@ -24,6 +25,11 @@ _SHOWN_VALUE_CHARS = 80
 SPOOL_MAX_BYTES_FLOOR = 256 * KIB
 """Below this the empty database and its write-ahead log do not fit."""
 
+DEAD_LETTER_MAX_BYTES_FLOOR = 64 * KIB
+"""A hundred dead letters of usual size."""
+
+DEFAULT_SPOOL_DIR = Path("/var/lib/sluice")
+
 TOPIC_FILTER_MAX_BYTES = 65_535
 """A string of MQTT has two bytes for its length (3.1.1, section 1.5.3)."""
 
@@ -32,7 +38,6 @@ TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 WriteMethod = Literal["storage", "storage_default", "insert_all"]
 DEFAULT_WRITE_METHOD: WriteMethod = "storage"
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
 Topic = Annotated[
     str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
@@ -66,16 +71,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mqtt_broker: Annotated[str, Meta(pattern=r"^[^\s/]+$")] = "localhost"
     mqtt_port: Port = 1883
     mqtt_topic: tuple[str, ...] = ("FCTS/FAE/+/SolvExtract/+",)
-    mqtt_client_id: Annotated[str, Meta(min_length=1, max_length=240)] = ""
+    mqtt_client_id: ClientId = ""
     mqtt_username: str = ""
     mqtt_password_file: Path | None = None
     mqtt_tls_ca_file: Path | None = None
     mqtt_tls_cert_file: Path | None = None
     mqtt_tls_key_file: Path | None = None
     instance_id: Name = ""
-    spool_dir: Path = Path("/var/lib/sluice")
+    spool_dir: Path = DEFAULT_SPOOL_DIR
     spool_max_bytes: Annotated[int, Meta(ge=SPOOL_MAX_BYTES_FLOOR)] = 10 * KIB**3
     spool_full_policy: Literal["block", "drop-oldest"] = "block"
+    dead_letter_max_bytes: Annotated[int, Meta(ge=DEAD_LETTER_MAX_BYTES_FLOOR)] = 256 * KIB**2
     spool_retention_hours: Annotated[float, Meta(ge=0, le=24 * 3650)] = 24
     dedup_window: Annotated[int, Meta(ge=0, le=10_000_000)] = 100_000
     timestamp_formats: tuple[TimestampFormat, ...] = ("rfc3339",)
@@ -98,8 +104,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def enabled_sinks(self) -> tuple[str, ...]:
         """The names of the sinks that must receive every reading."""
-        enabled = {"pubsub": self.pubsub_enabled, "bigquery": self.bigquery_enabled}
-        return tuple(sink for sink, on in enabled.items() if on)
+        return tuple(sink for sink in SINKS if getattr(self, f"{sink}{_ENABLED}"))
+
+
+_ENABLED = "_enabled"
+SINKS: tuple[str, ...] = tuple(
+    field.removesuffix(_ENABLED) for field in Settings.__struct_fields__ if field.endswith(_ENABLED)
+)
+"""All sinks, those that are switched off too: each has a variable ``<SINK>_ENABLED``. The one list:
+forwarders are built, readings kept and files looked for by it."""
 
 
 _EXPECTED = {
@@ -117,6 +130,8 @@ _EXPECTED = {
     "spool_dir": "an absolute path",
     "spool_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "
     f"{SPOOL_MAX_BYTES_FLOOR}",
+    "dead_letter_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "
+    f"{DEAD_LETTER_MAX_BYTES_FLOOR}",
     "spool_full_policy": "block or drop-oldest",
     "spool_retention_hours": "hours from 0 to 87600",
     "dedup_window": "a whole number from 0 to 10000000",
@@ -157,7 +172,7 @@ def load_settings(environ: Mapping[str, str], host_name: str) -> Settings:
 
     Args:
         environ: All variables, the environment file's included.
-        host_name: What ``INSTANCE_ID`` is when it is not set.
+        host_name: What ``INSTANCE_ID`` is when it is not set and none is kept in ``SPOOL_DIR``.
 
     Raises:
         SettingsError: With all problems, not just the first.
@@ -175,18 +190,31 @@ def load_settings(environ: Mapping[str, str], host_name: str) -> Settings:
             problems.append(_describe(field, raw, error))
     problems += _contradictions(environ, values)
     if not problems:
-        values.setdefault("instance_id", _instance_id(host_name))
-        values.setdefault("mqtt_client_id", f"sluice-{values['instance_id']}")
+        _set_ids(values, host_name)
     if problems:
         raise SettingsError(problems)
     return msgspec.convert(values, Settings, dec_hook=_custom)
+
+
+def _set_ids(values: dict[str, object], host_name: str) -> None:
+    """Complete the ids: what is not set stays what it was, also under another host name."""
+    directory = values.get("spool_dir", DEFAULT_SPOOL_DIR)
+    kept = read_identity(directory) if isinstance(directory, Path) else None
+    instance_id = values.setdefault(
+        "instance_id", kept.instance_id if kept else instance_id_of(host_name)
+    )
+    client_id = f"sluice-{instance_id}"
+    if kept is not None and kept.session is not None and kept.instance_id == instance_id:
+        client_id = kept.session.client_id
+    values.setdefault("mqtt_client_id", client_id)
 
 
 def _custom(wanted: type, value: object) -> object:
     return Path(str(value)) if wanted is Path else value
 
 
-def _instance_id(host_name: str) -> str:
+def instance_id_of(host_name: str) -> str:
+    """Return the instance id of a machine of that name. install.sh makes the same of it."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", host_name).lstrip("._-")[:200] or "sluice"
 
 
@@ -197,7 +225,7 @@ def _convert(field: str, raw: str, hint: object) -> object:
     value: object = raw
     if field in {"mqtt_topic", "timestamp_formats"}:
         value = tuple(part.strip() for part in raw.split(","))
-    elif field == "spool_max_bytes":
+    elif field in {"spool_max_bytes", "dead_letter_max_bytes"}:
         value = _size(raw)
     elif field == "log_level":
         value = raw.upper()
@@ -281,7 +309,8 @@ def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) ->
             "nothing to the cloud)"
         )
     if values.get("app_env") != "LOCAL":
-        pubsub, bigquery = (values.get(f"{s}_enabled", True) for s in ("pubsub", "bigquery"))
+        pubsub = values.get("pubsub_enabled", True)
+        bigquery = values.get("bigquery_enabled", True)
         required = {
             "gcp_project_id": bool(pubsub or bigquery),
             "pubsub_topic": bool(pubsub),

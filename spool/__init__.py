@@ -35,17 +35,20 @@ before it sends it, so that a crash repeats the same rows at the same place.
 **Delete.** The collector reads the cursors (:class:`SinkFile`) and prunes what every enabled
 sink has passed and ``SPOOL_RETENTION_HOURS`` no longer keep (:class:`Retention`): while readings
 come in the transaction of the next batch, otherwise in small steps (:class:`Pruner`). A sink
-whose file cannot be read holds everything.
+whose file cannot be read holds everything, and so does one that no sink of this release declares
+behind its cursor (:class:`SinkFiles`).
 
 **Limits.** ``SPOOL_MAX_BYTES`` (:class:`Budget`): warn at 80 %, prune delivered rows early
 at 90 %, at 100 % stop taking or drop the oldest, as ``SPOOL_FULL_POLICY`` says. Rejected
-messages are a ring with limits of its own. On a full disk the :class:`Ballast` is given up.
+messages are a ring with limits of its own. ``DEAD_LETTER_MAX_BYTES`` (:class:`DeadLetters`), in
+each sink's file: when it is full that sink holds. On a full disk the :class:`Ballast` is given up.
 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
 from spool.ahead import Ahead, AheadStep, load_ahead
 from spool.apart import prepare_apart
+from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
 from spool.errors import (
     CorruptFileError,
     CursorAheadError,
@@ -75,11 +78,13 @@ from spool.records import (
 from spool.recovery import SALVAGE_STEP_BYTES, Salvage
 from spool.retention import Pruner, Retention
 from spool.setaside import confirmed, lasting, readable, set_aside
-from spool.sinkstate import DeadLetter, Gap, Settlement, SinkState
+from spool.sinkfiles import SinkFiles
+from spool.sinkstate import Gap, Settlement, SinkState
 from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import SpoolWriter
 
 __all__ = [
+    "DEAD_LETTER_MAX_BYTES",
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
     "SALVAGE_STEP_BYTES",
@@ -93,6 +98,7 @@ __all__ = [
     "CursorAheadError",
     "Cut",
     "DeadLetter",
+    "DeadLetters",
     "DiskFullError",
     "FileMissingError",
     "Gap",
@@ -107,6 +113,7 @@ __all__ = [
     "Salvage",
     "Settlement",
     "SinkFile",
+    "SinkFiles",
     "SinkProgress",
     "SinkState",
     "SpoolError",
@@ -114,6 +121,7 @@ __all__ = [
     "SpoolWriter",
     "StorageFaultError",
     "UnreadableFileError",
+    "Usage",
     "WrongEnvironmentError",
     "claim_environment",
     "confirmed",

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spool.sinkstate import DeadLetter, SinkState
+    from spool.dead_letters import DeadLetter
+    from spool.sinkstate import SinkState
 
 
 @dataclass(slots=True)
@@ -27,12 +28,14 @@ class AheadStep:
             seq that waits, and why.
         released: Sites that are held no longer.
         dead: Dead letters behind the cursor. They are counted when it passes them.
+        first: Whether this is the first step: nothing that the file has from before counts.
     """
 
     through: int = 0
     held: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     released: Collection[str] = ()
     dead: "list[DeadLetter]" = field(default_factory=list)
+    first: bool = False
 
 
 @dataclass(slots=True)
@@ -63,30 +66,35 @@ def load_ahead(state: "SinkState", epoch: str) -> Ahead | None:
                 "SELECT site_code, first_seq, detail FROM held_site"
             )
         }
-        dead = conn.execute(
-            "SELECT seq FROM dead_letter WHERE epoch = ? AND seq > ? AND seq <= ? ORDER BY seq",
-            (epoch, position, row[1]),
-        ).fetchall()
+        dead = conn.execute("SELECT seq FROM dead_ahead ORDER BY seq").fetchall()
     return Ahead(int(row[1]), held, [seq for (seq,) in dead])
 
 
-def write_ahead(conn: sqlite3.Connection, epoch: str, step: AheadStep) -> None:
+def write_ahead(conn: sqlite3.Connection, epoch: str, cursor: int, step: AheadStep) -> None:
     """Write one step, within the transaction that moves the cursor. May be repeated.
 
     Args:
         conn: The sink's file.
         epoch: Of the spool.
+        cursor: Where the cursor is moved to.
         step: What changed.
     """
+    if step.first or not step.through:
+        # Of an earlier hold, or of another spool.
+        for table in ("dead_ahead", "held_site", "ahead"):
+            conn.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
     if not step.through:
-        conn.execute("DELETE FROM held_site")
-        conn.execute("DELETE FROM ahead")
         return
     now_us = time.time_ns() // 1000
     conn.execute(
         "INSERT INTO ahead (id, epoch, through_seq) VALUES (1, ?, ?) ON CONFLICT (id) DO UPDATE "
         "SET epoch=excluded.epoch, through_seq=excluded.through_seq",
         (epoch, step.through),
+    )
+    conn.execute("DELETE FROM dead_ahead WHERE seq <= ?", (cursor,))
+    conn.executemany(
+        "INSERT INTO dead_ahead (seq) VALUES (?) ON CONFLICT (seq) DO NOTHING",
+        [(letter.row[0],) for letter in step.dead],
     )
     conn.executemany("DELETE FROM held_site WHERE site_code = ?", [(s,) for s in step.released])
     conn.executemany(

@@ -125,8 +125,8 @@ class Listener:
         """Return whether another file has taken the bell's place, or none."""
         try:
             return _identity(self._path) != self._identity
-        except FileNotFoundError:
-            return True
+        except OSError:
+            return True  # gone, or the disk does not tell: opening it again says which
 
     def close(self) -> None:
         """Give the descriptor back."""

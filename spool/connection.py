@@ -4,8 +4,16 @@ import os
 import sqlite3
 from pathlib import Path
 
-from spool.errors import CorruptFileError, FileMissingError, translated
+from spool.errors import (
+    CorruptFileError,
+    DiskFullError,
+    FileMissingError,
+    StorageFaultError,
+    file_fault,
+    translated,
+)
 from spool.files import SIDE_SUFFIXES
+from spool.log_sync import rewrite_log
 
 BUSY_TIMEOUT_S = 10.0
 """A file has one writer, so waiting is rare: another's recovery after a crash, or a person
@@ -17,6 +25,9 @@ WAL_KEPT_BYTES = 64 * 1024 * 1024
 WAL_CHECKPOINT_PAGES = 1000
 
 FILE_MODE = 0o640
+
+_never_closed: list[sqlite3.Connection] = []
+"""Connections that must live until the process ends: see :func:`open_owner`."""
 
 APPLICATION_ID = 0x536C7563
 """'Sluc': tells our files from another program's (SQLite's file format, offset 68)."""
@@ -48,8 +59,11 @@ def refuse_orphaned_log(path: Path) -> None:
 def open_owner(path: Path) -> sqlite3.Connection:
     """Open ``path`` as its only writer, and create it where it is missing.
 
+    What its write-ahead log holds is on the disk when this returns (:mod:`spool.log_sync`).
+
     Raises:
-        StorageFaultError: It cannot be opened; CorruptFileError if it is no database.
+        StorageFaultError: It cannot be opened, or its log cannot be synced; CorruptFileError if
+            it is no database.
     """
     try:
         # SQLite gives -wal and -shm the mode of the database, so the mode is set before the
@@ -61,12 +75,23 @@ def open_owner(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise translated(error, "open", path) from error
     except OSError as error:
-        raise translated(sqlite3.OperationalError(str(error)), "open", path) from error
+        raise file_fault(error, "open", path) from error
     try:
+        # First of all: already some of the settings are a commit, which stands behind the others.
+        rewrite_log(conn, path)
         _configure_owner(conn)
     except sqlite3.Error as error:
         conn.close()
         raise translated(error, "open", path) from error
+    except DiskFullError:
+        conn.close()
+        raise
+    except StorageFaultError:
+        # The last connection to close moves the log into the database and deletes it. Of a log
+        # that is not whole on the disk, a power cut could then bring back the beginning, whose
+        # pages are older than the database's.
+        _never_closed.append(conn)
+        raise
     return conn
 
 
@@ -117,7 +142,7 @@ def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise translated(error, "open for reading", path) from error
     except OSError as error:
-        raise translated(sqlite3.OperationalError(str(error)), "open", path) from error
+        raise file_fault(error, "open", path) from error
     try:
         conn.execute("PRAGMA query_only=ON")
         if damaged:

@@ -1,5 +1,6 @@
 """What can go wrong with the files, each with the operation, the file and the next step."""
 
+import errno
 import sqlite3
 from pathlib import Path
 
@@ -84,16 +85,53 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
     if primary == sqlite3.SQLITE_FULL:
         return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
     if code in _READ_FAILED:
-        return UnreadableFileError(
-            f"{what}; the disk cannot read it: dmesg | tail; smartctl -x DEVICE. If that does not "
-            "pass, its owner sets the file aside by itself after some minutes of restarts; if its "
-            "owner has not met it: supervisorctl restart collector",
-            path,
-        )
-    return StorageFaultError(
-        f"{what}; check the disk and its rights: df -h {path.parent}; ls -la {path.parent}; "
-        "dmesg | tail"
+        return _unreadable(what, path)
+    return StorageFaultError(f"{what}; {_check_the_disk(path)}")
+
+
+def _unreadable(what: str, path: Path) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{what}; the disk cannot read it: dmesg | tail; smartctl -x DEVICE. If that does not "
+        "pass, its owner sets the file aside by itself after some minutes of restarts; if its "
+        "owner has not met it: supervisorctl restart collector",
+        path,
     )
+
+
+def _check_the_disk(path: Path) -> str:
+    directory = path.parent
+    return f"check the disk and its rights: df -h {directory}; ls -la {directory}; dmesg | tail"
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+def file_fault(error: OSError, operation: str, path: Path) -> StorageFaultError:
+    """Return our error for a system call that failed on a file of the database ``path``.
+
+    ``stat()`` can fail with EIO like any read: that is a storage fault, which a restart tries
+    again, and no bug of the program.
+
+    Args:
+        error: What the system call has raised.
+        operation: What was to be done: a verb and its object.
+        path: The database.
+    """
+    what = f"{operation} of {path} failed: {error}"
+    if error.errno in _NO_ROOM:
+        return DiskFullError(f"{what}; free space on this disk: df -h {path.parent}")
+    return StorageFaultError(f"{what}; {_check_the_disk(path)}")
+
+
+def read_fault(error: OSError, operation: str, path: Path) -> UnreadableFileError:
+    """Return our error for a read that failed on a file of the database ``path``.
+
+    Args:
+        error: What the system call has raised.
+        operation: What was to be done: a verb and its object.
+        path: The database.
+    """
+    return _unreadable(f"{operation} of {path} failed: {error}", path)
 
 
 def undone(what: str, error: OSError, path: Path) -> StorageFaultError:

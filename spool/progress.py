@@ -12,6 +12,9 @@ from spool.files import sink_path
 SPOOL_DAMAGED = "spool damaged"
 """The state of a forwarder that could not read the spool: asks the collector to look."""
 
+UNDECLARED = "undeclared"
+"""The state of a sink whose file lies in SPOOL_DIR, but which this release does not know."""
+
 
 @dataclass(frozen=True, slots=True)
 class SinkProgress:
@@ -27,6 +30,7 @@ class SinkProgress:
     state: str = "no file"
     detail: str = ""
     as_of_us: int = 0
+    declared: bool = True
 
     def position_in(self, epoch: str) -> int:
         """Return the cursor if it belongs to ``epoch``, else 0: then it has passed nothing."""
@@ -48,16 +52,25 @@ def _timeless(p: SinkProgress) -> tuple[object, ...]:
         p.dropped,
         p.state,
         p.detail,
+        p.declared,
     )
 
 
 class SinkFile:
-    """A sink's file as the collector sees it: kept open, opened again when it was replaced."""
+    """A sink's file as the collector sees it: kept open, opened again when it was replaced.
 
-    def __init__(self, directory: Path, sink: str, *, enabled: bool) -> None:
+    Args:
+        directory: SPOOL_DIR.
+        sink: Whose file it is.
+        enabled: Whether readings are kept until this sink has them.
+        declared: Whether this release has a sink of that name.
+    """
+
+    def __init__(self, directory: Path, sink: str, *, enabled: bool, declared: bool = True) -> None:
         self._path = sink_path(directory, sink)
         self._sink = sink
         self._enabled = enabled
+        self._declared = declared
         self._conn: sqlite3.Connection | None = None
         self._inode = 0
 
@@ -78,10 +91,17 @@ class SinkFile:
             missing = isinstance(error, FileMissingError | FileNotFoundError)
             state = "no file" if missing else "unreadable"
             return SinkProgress(
-                self._sink, self._enabled, state=state, detail=str(error), as_of_us=now_us
+                self._sink,
+                self._enabled,
+                state=state,
+                detail=str(error) if self._declared else f"{self._advice()} {error}",
+                as_of_us=now_us,
+                declared=self._declared,
             )
         epoch, seq = cursor or ("", 0)
         state, detail = status or ("starting", "")
+        if not self._declared:
+            state, detail = UNDECLARED, f"{self._advice()} Its own state: {state}."
         return SinkProgress(
             sink=self._sink,
             enabled=self._enabled,
@@ -93,6 +113,15 @@ class SinkFile:
             state=state,
             detail=detail,
             as_of_us=now_us,
+            declared=self._declared,
+        )
+
+    def _advice(self) -> str:
+        path = self._path
+        return (
+            f"No sink of this release has the file {path}; the readings behind its cursor are kept "
+            f"for it. Install the release that knows it; or, if nothing delivers from it any more, "
+            f"move it away: mv {path}* /another/directory."
         )
 
     def _connection(self) -> sqlite3.Connection:

@@ -15,6 +15,7 @@ from spool.errors import (
     CursorAheadError,
     FileMissingError,
     NewerFormatError,
+    file_fault,
     translated,
 )
 from spool.files import spool_path
@@ -60,6 +61,9 @@ class SpoolReader:
         except FileNotFoundError as error:
             conn.close()
             raise FileMissingError(f"{path} went away") from error
+        except OSError as error:
+            conn.close()
+            raise file_fault(error, "look for the file", path) from error
         except sqlite3.Error as error:
             conn.close()
             raise translated(error, "open for reading", path) from error
@@ -120,11 +124,17 @@ class SpoolReader:
         return True
 
     def replaced(self) -> bool:
-        """Return whether the path now leads to another file than the one that is open."""
+        """Return whether the path now leads to another file than the one that is open.
+
+        Raises:
+            StorageFaultError: The disk does not tell.
+        """
         try:
             return self.path.stat().st_ino != self._inode
         except FileNotFoundError:
             return True
+        except OSError as error:
+            raise file_fault(error, "look for the file", self.path) from error
 
     def app_env(self) -> str:
         """Return the ``APP_ENV`` under which the spool is filled; empty if never."""

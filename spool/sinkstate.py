@@ -5,39 +5,34 @@ The forwarder moves its cursor; the collector looks at it and prunes behind it.
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spool.ahead import AheadStep, write_ahead
 from spool.connection import format_version, open_owner
+from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
-from spool.records import READING_COLUMNS, Reading
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
-SINK_FORMAT = 3
+SINK_FORMAT = 4
 
-_INSERT_DEAD = (
-    f"INSERT INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608 - our own constant
-    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (epoch, seq) DO NOTHING"
-)
+GAP_ROWS_MAX = 10_000
+"""The newest are kept: with drop-oldest each batch can leave one, for as long as the service is
+slower than the sensors. The counter ``dropped`` has the sum of all of them."""
+
+RETURN_STEP_PAGES = 2_000
+"""In one transaction: 8 MB of the write-ahead log at most."""
+
+GAPS_FORGOTTEN = "gaps_forgotten"
+"""The counter of rows that the table ``gap`` has given up for newer ones."""
+
 _ADD_COUNTER = (
     "INSERT INTO counter (name, value) VALUES (?, ?) "
     "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A row that its service refuses for its own sake."""
-
-    row: Reading
-    reason: str
-    """A code: lower case, underscores."""
-    detail: str
-    """The service's own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +66,28 @@ class SinkState:
     """``<sink>.db``, opened by its only writer."""
 
     def __init__(
-        self, conn: sqlite3.Connection, path: Path, restored: Restored | None = None
+        self,
+        conn: sqlite3.Connection,
+        path: Path,
+        restored: Restored | None = None,
+        dead_letter_max_bytes: int = DEAD_LETTER_MAX_BYTES,
     ) -> None:
         self._conn = conn
         self.path = path
         self.restored = restored
         """What the file began with, if this opening made it in the place of a damaged one."""
+        self.dead_letters = DeadLetters(self, dead_letter_max_bytes)
 
     @classmethod
-    def open(cls, directory: Path, sink: str) -> "SinkState":
+    def open(
+        cls, directory: Path, sink: str, dead_letter_max_bytes: int = DEAD_LETTER_MAX_BYTES
+    ) -> "SinkState":
         """Open the file of ``sink`` in ``directory``; make it where it is missing.
+
+        Args:
+            directory: SPOOL_DIR.
+            sink: Its name.
+            dead_letter_max_bytes: DEAD_LETTER_MAX_BYTES.
 
         Raises:
             StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
@@ -113,7 +120,13 @@ class SinkState:
         except BaseException:
             conn.close()
             raise
-        return cls(conn, path, restored)
+        state = cls(conn, path, restored, dead_letter_max_bytes)
+        try:
+            state.dead_letters.note_limit()
+        except BaseException:
+            conn.close()
+            raise
+        return state
 
     def close(self) -> None:
         """Close; what was committed stays."""
@@ -159,10 +172,10 @@ class SinkState:
         now_us = time.time_ns() // 1000
         s = settlement
         with self.transaction("move the cursor") as conn:
-            new = _insert_dead(conn, s.epoch, s.dead, now_us)
+            new = self.dead_letters.add(conn, s.epoch, s.dead, now_us) if s.dead else 0
             if ahead is not None:
-                _insert_dead(conn, s.epoch, ahead.dead, now_us)
-                write_ahead(conn, s.epoch, ahead)
+                self.dead_letters.add(conn, s.epoch, ahead.dead, now_us)
+                write_ahead(conn, s.epoch, s.seq, ahead)
             for gap in s.gaps:
                 conn.execute(
                     "INSERT INTO gap (noted_us, epoch, first_seq, last_seq, reason) "
@@ -173,6 +186,7 @@ class SinkState:
                 "delivered": s.delivered,
                 "dead_lettered": new + s.dead_ahead,
                 "dropped": sum(gap.rows for gap in s.gaps),
+                GAPS_FORGOTTEN: _forget_gaps(conn) if s.gaps else 0,
             }
             conn.executemany(_ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             # What the cursor has passed was confirmed, or is settled in another way.
@@ -219,6 +233,20 @@ class SinkState:
             else:
                 conn.execute("DELETE FROM meta WHERE key = ?", (key,))
 
+    def return_space(self) -> None:
+        """Hand the free pages back to the file system.
+
+        Raises:
+            StorageFaultError: The file cannot be written.
+        """
+        try:
+            (free,) = self._conn.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(0, free, RETURN_STEP_PAGES):
+                # It frees one page a step, and execute() makes one step only where no columns come.
+                self._conn.executescript(f"PRAGMA incremental_vacuum({RETURN_STEP_PAGES})")
+        except sqlite3.Error as error:
+            raise translated(error, "return free pages", self.path) from error
+
     def counters(self) -> dict[str, int]:
         """Return the running totals."""
         try:
@@ -227,19 +255,8 @@ class SinkState:
             raise translated(error, "read the counters", self.path) from error
 
 
-def _insert_dead(
-    conn: sqlite3.Connection, epoch: str, dead: Sequence[DeadLetter], now_us: int
-) -> int:
-    """Insert dead letters; return how many were not there yet."""
-    new = 0
-    for letter in dead:
-        seq, *columns = letter.row
-        new += conn.execute(
-            _INSERT_DEAD, (now_us, letter.reason, letter.detail, epoch, seq, *columns)
-        ).rowcount
-    return new
-
-
-def dead_letters(rows: Sequence[Reading], reason: str, detail: str) -> list[DeadLetter]:
-    """Return a dead letter for each of ``rows``, with the same reason."""
-    return [DeadLetter(row, reason, detail) for row in rows]
+def _forget_gaps(conn: sqlite3.Connection) -> int:
+    """Delete the oldest of too many gaps; return how many."""
+    return conn.execute(
+        "DELETE FROM gap WHERE id <= (SELECT max(id) FROM gap) - ?", (GAP_ROWS_MAX,)
+    ).rowcount

@@ -68,19 +68,19 @@ class Ballast:
         """Whether the file is there in full."""
         try:
             return self._path.stat().st_size >= self._bytes
-        except FileNotFoundError:
-            return False
+        except OSError:
+            return False  # missing, or the disk does not tell: making it says which
 
     def take(self) -> bool:
         """Make the file if the disk has plenty of room; return whether it is held."""
         if self.held:
             return True
-        if shutil.disk_usage(self._path.parent).free < 4 * self._bytes:
-            return False
         try:
+            if shutil.disk_usage(self._path.parent).free < 4 * self._bytes:
+                return False
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError:
-            return False  # no inode, no quota: go on without
+            return False  # no inode, no quota, a failing disk: go on without
         try:
             os.posix_fallocate(descriptor, 0, self._bytes)
         except OSError:
@@ -93,6 +93,8 @@ class Ballast:
 
     def release(self) -> bool:
         """Give the space back; return whether there was any."""
-        held = self._path.exists()
-        self._path.unlink(missing_ok=True)
-        return held
+        try:
+            self._path.unlink()
+        except OSError:
+            return False  # there was none, or the disk takes no changes
+        return True

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 from spool.bell import Bell
 from spool.connection import format_version, open_owner, refuse_orphaned_log
-from spool.errors import CorruptFileError, NewerFormatError, StorageFaultError, translated
+from spool.errors import (
+    CorruptFileError,
+    NewerFormatError,
+    file_fault,
+    translated,
+)
 from spool.files import SIDE_SUFFIXES, spool_path
 from spool.insertion import ADD_COUNTER, insert_readings, insert_rejections
 from spool.records import PAYLOAD, NewReading, Rejection
@@ -182,7 +187,8 @@ class SpoolWriter:
             conn.executemany(ADD_COUNTER, [(n, v) for n, v in counts.items() if v])
             if dropped:
                 conn.execute(ADD_COUNTER, ("rejected_dropped", dropped))
-            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+            if progress:
+                self._set_progress(conn, progress)
             if meta:
                 conn.executemany(_SET_META, list(meta.items()))
         size = sum(map(len, map(_payload, readings))) + sum(len(r[4]) for r in rejections)
@@ -193,16 +199,17 @@ class SpoolWriter:
     def write_progress(self, progress: "Iterable[SinkProgress]") -> None:
         """Store a snapshot of the sinks' positions."""
         with self._transaction("store the sinks' progress") as conn:
-            # A sink that is no longer known would stand in the backlog for ever.
-            conn.execute("UPDATE sink_progress SET enabled = 0")
-            conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
+            self._set_progress(conn, progress)
+
+    def _set_progress(self, conn: sqlite3.Connection, progress: "Iterable[SinkProgress]") -> None:
+        conn.execute("UPDATE sink_progress SET enabled = 0")  # what is gone leaves the backlog
+        conn.executemany(_SET_PROGRESS, [self._progress_row(p) for p in progress])
 
     def _progress_row(self, p: "SinkProgress") -> tuple[object, ...]:
-        position = p.position_in(self.epoch)
         return (
             p.sink,
             int(p.enabled),
-            position,
+            p.position_in(self.epoch),
             p.delivered,
             p.dead_lettered,
             p.dropped,
@@ -305,11 +312,17 @@ class SpoolWriter:
         return self._value("PRAGMA freelist_count") * self._page_bytes
 
     def wal_bytes(self) -> int:
-        """Return the size of the write-ahead log."""
+        """Return the size of the write-ahead log.
+
+        Raises:
+            StorageFaultError: The disk does not tell.
+        """
         try:
             return self.path.with_name(self.path.name + SIDE_SUFFIXES[1]).stat().st_size
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise file_fault(error, "look for the write-ahead log", self.path) from error
 
     def return_space(self, max_bytes: int) -> None:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
@@ -351,8 +364,7 @@ def _open_bell(directory: Path) -> Bell:
     try:
         return Bell.open(directory)
     except OSError as error:
-        fault = sqlite3.OperationalError(str(error))
-        raise translated(fault, "open the bell", directory) from error
+        raise file_fault(error, "open the bell", spool_path(directory)) from error
 
 
 def _migrate(conn: sqlite3.Connection, path: Path) -> None:
@@ -367,7 +379,7 @@ def _migrate(conn: sqlite3.Connection, path: Path) -> None:
     try:
         migrate(conn, spool_migrations, initialise)
     except OSError as error:
-        raise StorageFaultError(f"migrate {path} failed: {error}") from error
+        raise file_fault(error, "migration", path) from error
 
 
 def _delete(conn: sqlite3.Connection, seq: int, counter: str, older_than_us: int | None) -> int:

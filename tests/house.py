@@ -7,12 +7,13 @@ from pathlib import Path
 from collector.housekeeping import (
     Housekeeping,
 )
+from lifecycle import SINKS
 from spool import (
     Ballast,
     Budget,
     Level,
     Retention,
-    SinkFile,
+    SinkFiles,
     spool_path,
 )
 from tests.collector_parts import (
@@ -38,7 +39,7 @@ class House:
         *,
         max_bytes: int = 64 * MIB,
         keep_us: int = HOUR_US,
-        enabled: tuple[str, ...] = ("pubsub", "bigquery"),
+        enabled: tuple[str, ...] = SINKS,
     ) -> None:
         self.directory = directory
         self.script = Script()
@@ -47,7 +48,7 @@ class House:
         self.now_us = 0
         self.budget = Budget(max_bytes)
         self.keeping = Housekeeping(
-            sinks=[SinkFile(directory, s, enabled=s in enabled) for s in ("pubsub", "bigquery")],
+            sinks=SinkFiles(directory, {s: s in enabled for s in SINKS}),
             retention=Retention(keep_us),
             budget=self.budget,
             ballast=Ballast(directory, max_bytes),
@@ -81,7 +82,7 @@ class House:
         assert self.budget.level(self.writer) is level
 
     def deliver(self, seq: int, *sinks: str) -> None:
-        for sink in sinks or ("pubsub", "bigquery"):
+        for sink in sinks or SINKS:
             deliver_through(self.directory, seq, self.writer.epoch, sink)
 
     @property

@@ -322,6 +322,52 @@ def test_a_full_disk_loses_no_dead_letter_although_the_cursor_does_not_move(
     assert look(bench.state.path, "SELECT seq FROM dead_letter") == [(5,)]
 
 
+def test_what_was_held_in_another_spool_counts_no_more(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, 30)
+    sink = PlainSink("S2")
+    sink.guilty = {6}
+    bench.drain(sink, lambda: len(sink.acknowledged) >= 19)
+    bench.writer.close()
+    for file in tmp_path.glob("spool.db*"):
+        file.unlink()
+    bench.state.close()
+    bench = Bench(tmp_path, 30)
+    sink = PlainSink("S1")
+    bench.drain(sink, lambda: len(sink.acknowledged) >= 20)
+    assert held(bench) == [("S1", 1, 30)]
+    assert look(bench.state.path, "SELECT * FROM dead_ahead") == []
+    sink.refused = set()
+    bench.drain(sink)
+    assert sink.acked == list(range(1, 31))
+    bench.close()
+
+
+def test_a_full_budget_of_dead_letters_holds_the_others_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, 90)
+    bench.state.close()
+    bench.state = SinkState.open(tmp_path, "pubsub", dead_letter_max_bytes=500)
+    sink = PlainSink("S2")
+    sink.guilty = {4, 13}
+    seen = set()
+
+    def until() -> bool:
+        seen.add(str(bench.status()[1])[:35])
+        return bench.stop.now_s > 150
+
+    bench.drain(sink, until)
+    assert "the budget of dead letters is used " in seen
+    assert max(sink.acked) < 60
+    bench.state.close()
+    bench.state = SinkState.open(tmp_path, "pubsub")
+    sink.refused = set()
+    assert bench.state.dead_letters.discard(10) == 2
+    bench.drain(sink)
+    assert sink.acked == [seq for seq in range(1, 91) if seq not in sink.guilty]
+    names = ("delivered", "dead_lettered", "dead_letters_discarded")
+    assert [bench.state.counters()[name] for name in names] == [88, 2, 2]
+    bench.close()
+
+
 @pytest.fixture
 def fake() -> Iterator[FakePubSub]:
     with FakePubSub(topics=[TOPIC]) as server:

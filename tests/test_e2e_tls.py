@@ -74,9 +74,8 @@ def _add_tls_listener(rig: Rig, keys: Keys, passwords: Path) -> int:
     config = rig.directory / "broker" / "mosquitto.conf"
     port = rig.broker.port + 1
     config.write_text(
-        "per_listener_settings true\n"
-        + config.read_text(encoding="utf-8")
-        + f"\nlistener {port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n"
+        config.read_text(encoding="utf-8")
+        + f"\nlistener {port} 127.0.0.1\npassword_file {passwords}\n"
         f"cafile {keys.ca}\ncertfile {keys.certificate}\nkeyfile {keys.key}\n",
         encoding="utf-8",
     )

@@ -125,6 +125,7 @@ def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> No
         ),
         (("requests",), {"forwarder/bqservice.py"}),
         (("dotenv",), {"lifecycle/environment.py"}),
+        (("supervisor", "xmlrpc"), {"lifecycle/restarter.py"}),
     ],
 )
 def test_a_client_is_imported_only_by_its_adapter(
@@ -146,7 +147,7 @@ def test_only_main_reads_the_environment() -> None:
         for path in MODULES
         if uses(path, "os", {"environ", "getenv", "environb", "getenvb"})
     }
-    assert found == {"collector/__main__.py", "forwarder/__main__.py"}
+    assert found == {f"{owner}/__main__.py" for owner in ("collector", "forwarder", "lifecycle")}
 
 
 def test_only_leave_ends_the_process() -> None:

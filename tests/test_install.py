@@ -386,7 +386,7 @@ def test_an_upgrade_under_load_loses_nothing() -> None:
     wait_for(lambda: spooled() >= published.good)
     assert spooled() == published.good
     assert settings.read_text().endswith("# the operator was here\n")
-    assert supervisorctl("status").count("RUNNING") == 3
+    assert supervisorctl("status").count("RUNNING") == 4
     assert run(INSTALL, "--uninstall").returncode == 0
     assert spooled() == published.good
     assert not Path("/opt/sluice").exists()

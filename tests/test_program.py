@@ -1,5 +1,6 @@
 """From settings to exit code: what the supervisor sees of a program, however it ends."""
 
+import errno
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 import lifecycle.program
 from lifecycle import ExitCode, Program, Settings, StopRequest, run
+from lifecycle.refusal import examine, read_refusal
 from tests.test_lifecycle import DEADLINE_S, HOLD_LOCK, Session, took_s
 
 
@@ -78,6 +80,13 @@ def test_each_end_has_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_body(tmp_path / "b", raising(OursError("disk"))) is ExitCode.STORAGE
     assert run_body(tmp_path / "c", raising(SpecialError("env"))) is ExitCode.CONFIG
     assert run_body(tmp_path / "d", raising(ValueError("oops"))) is ExitCode.BUG
+    # A system call that failed on a file of the spool is no bug; one that failed elsewhere is.
+    for own, path, code in (
+        ("e", "e/spool/x", ExitCode.STORAGE),
+        ("f", "elsewhere", ExitCode.BUG),
+    ):
+        failed = OSError(errno.EIO, "Input/output error", str(tmp_path / path))
+        assert run_body(tmp_path / own, raising(failed)) is code
     output = capsys.readouterr().out
     assert "stopped: SIGTERM" in output
     assert "ends: disk" in output
@@ -105,6 +114,39 @@ def test_a_missing_environment_file_is_wrong_configuration(
     gone = str(tmp_path / "gone.env")
     assert run_body(tmp_path, lambda *_: None, SLUICE_ENV_FILE=gone) is ExitCode.CONFIG
     assert gone in capsys.readouterr().out
+
+
+def test_a_refusal_within_the_program_is_noted_and_is_not_repeated_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check that takes longer than startsecs would otherwise be repeated for ever."""
+    monkeypatch.setattr("lifecycle.refusal.SLOW_START_S", 0.0)
+    bodies: list[bool] = []
+
+    class RefusedError(Exception):
+        """Ends with 78."""
+
+    def body(*_: object) -> None:
+        bodies.append(True)
+        raise RefusedError("APP_ENV is PRD, the spool is of DEV")
+
+    program = Program("role", body, {RefusedError: ExitCode.CONFIG})
+    settings = tmp_path / "env"
+    settings.write_text(f"APP_ENV=LOCAL\nINSTANCE_ID=gate\nSPOOL_DIR={tmp_path / 'first'}\n")
+
+    def start() -> ExitCode:
+        return run(program, {"SLUICE_ENV_FILE": str(settings), "SLUICE_RUN_DIR": str(tmp_path)})
+
+    assert [start() for _ in range(3)] == [ExitCode.CONFIG] * 3
+    assert len(bodies) == 1
+    assert capsys.readouterr().out.count("APP_ENV is PRD, the spool is of DEV") == 3
+    # Another directory, because a test is one process and still holds the first one's lock.
+    settings.write_text(f"APP_ENV=LOCAL\nINSTANCE_ID=gate\nSPOOL_DIR={tmp_path / 'second'}\n")
+    assert start() is ExitCode.CONFIG
+    assert len(bodies) == 2
+    note = read_refusal(str(tmp_path), "role")
+    assert note is not None
+    assert note.fingerprint == examine({"SLUICE_ENV_FILE": str(settings)}, "").fingerprint
 
 
 @pytest.mark.usefixtures("hurried")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from collector.__main__ import SINKS, _body
+from collector.__main__ import _body
 from collector.store import SALVAGE_KEY
-from lifecycle import StopRequest
+from lifecycle import SINKS, StopRequest
 from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from collector.__main__ import SINKS, _open_spool
+from collector.__main__ import _open_spool
 from collector.store import SALVAGE_KEY
-from lifecycle import Settings, load_settings
+from lifecycle import SINKS, Settings, load_settings
 from spool import (
     CorruptFileError,
     DiskFullError,

@@ -14,6 +14,7 @@ from lifecycle import (
     load_settings,
     merged_environment,
 )
+from spool import DEAD_LETTER_MAX_BYTES
 
 LOCAL = {"APP_ENV": "LOCAL"}
 CLOUD = {
@@ -40,6 +41,7 @@ WRONG = {
     "INSTANCE_ID": "-x",
     "SPOOL_DIR": "relative/path",
     "SPOOL_MAX_BYTES": "1 GB",
+    "DEAD_LETTER_MAX_BYTES": "63KiB",
     "SPOOL_FULL_POLICY": "drop",
     "SPOOL_RETENTION_HOURS": "-1",
     "DEDUP_WINDOW": "many",
@@ -98,6 +100,7 @@ def test_app_env_alone_is_enough_for_local_and_gives_the_defaults() -> None:
     assert (loaded.instance_id, loaded.mqtt_client_id) == ("edge-7", "sluice-edge-7")
     assert loaded.spool_dir == Path("/var/lib/sluice")
     assert loaded.spool_max_bytes == 10 * 1024**3
+    assert loaded.dead_letter_max_bytes == DEAD_LETTER_MAX_BYTES
     assert (loaded.spool_full_policy, loaded.spool_retention_hours) == ("block", 24)
     assert (loaded.dedup_window, loaded.max_payload_bytes) == (100_000, 262_144)
     assert (loaded.timestamp_formats, loaded.site_mismatch) == (("rfc3339",), "warn")
@@ -156,6 +159,7 @@ def test_what_is_required_follows_from_the_enabled_sinks(
 )
 def test_sizes_have_binary_units(text: str, size: int) -> None:
     assert load(SPOOL_MAX_BYTES=text).spool_max_bytes == size
+    assert load(DEAD_LETTER_MAX_BYTES=text).dead_letter_max_bytes == size
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from lifecycle import SINKS
 from spool import Budget, Level, SinkFile, SinkState, SpoolReader, SpoolWriter
-from tests.test_spool_model import SINKS, SpoolMachine
+from tests.test_spool_model import SpoolMachine
 
 MODEL = ("rows", "given", "cursor", "passed", "rejected", "rejected_given", "pruned", "dropped")
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import spool.insertion
+from lifecycle import SINKS
 from spool import (
     DeadLetter,
     Gap,
@@ -20,8 +21,6 @@ from spool import (
     SpoolWriter,
 )
 from tests.test_spool_writer import look, new_reading, rejection
-
-SINKS = ("pubsub", "bigquery")
 
 
 class SpoolMachine(RuleBasedStateMachine):

@@ -218,6 +218,30 @@ def test_a_later_truncation_or_unlinking_happened_or_not() -> None:
     assert {len(image) for image in found} == {0, 1}
 
 
+FAILED = (
+    (Kind.SYNC_BEGINS, "spool.db", b"", 3),
+    (Kind.SYNC_FAILS, "spool.db", b"", 3),
+    (Kind.SYNC_BEGINS, "spool.db", b"", 4),
+    (Kind.SYNC_ENDS, "spool.db", b"", 4),
+)
+
+
+def test_what_a_failed_sync_dropped_is_not_made_durable_by_a_later_one() -> None:
+    written = (*CREATED, *NAMED, (Kind.WRITE, "spool.db", NEW, 0), *FAILED)
+    found = {image["spool.db"] for image in images(disk(*written))}
+    assert {OLD, NEW} < found
+    # But what is written in its place, and synced, is there.
+    again = (
+        (Kind.WRITE, "spool.db", NEW[:SECTOR], SECTOR),
+        (Kind.SYNC_BEGINS, "spool.db", b"", 5),
+        (Kind.SYNC_ENDS, "spool.db", b"", 5),
+    )
+    found = {image["spool.db"] for image in images(disk(*written, *again))}
+    assert {content[SECTOR : 2 * SECTOR] for content in found} == {NEW[:SECTOR]}
+    assert {content[:SECTOR] for content in found} == {OLD[:SECTOR], NEW[:SECTOR]}
+    assert {content[2 * SECTOR :] for content in found} == {OLD[:SECTOR], NEW[:SECTOR]}
+
+
 def test_a_log_is_read_call_by_call_even_where_threads_interrupt_each_other(
     tmp_path: Path,
 ) -> None:
@@ -240,7 +264,9 @@ def test_a_log_is_read_call_by_call_even_where_threads_interrupt_each_other(
         (Kind.SEND, socket, b"@", 10.000003),
         (Kind.SYNC_BEGINS, wal, b"", 10.000005),
         (Kind.SYNC_ENDS, wal, b"", 10.500005),
+        (Kind.SYNC_BEGINS, wal, b"", 10.6),
         (Kind.TRUNCATE, wal, b"", 10.7),
+        (Kind.SYNC_FAILS, wal, b"", 11.1),
     ]
     assert [e.number for e in merged([log]) if e.kind in {Kind.WRITE, Kind.TRUNCATE}] == [24, 32]
 

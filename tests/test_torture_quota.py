@@ -11,7 +11,7 @@ import pytest
 from forwarder.backoff import BACKOFF_MAX_S
 from forwarder.drain import Drain
 from forwarder.pubsub import PublishResponse, PubSubSink
-from forwarder.registry import SINKS
+from forwarder.registry import BUILDERS
 from forwarder.sink import Delivery
 from lifecycle import Watchdog, load_settings
 from spool import Reading, SinkState, SpoolWriter, claim_environment
@@ -41,7 +41,7 @@ class Gate:
         variables = {"APP_ENV": "DEV", **self.cloud.environment()}
         if way != "pubsub":
             variables["BIGQUERY_WRITE_METHOD"] = way
-        self.deliverer = SINKS[self.sink](load_settings(variables, "gate"), self.state)
+        self.deliverer = BUILDERS[self.sink](load_settings(variables, "gate"), self.state)
         self.tries = 0
         deliver = self.deliverer.deliver
 

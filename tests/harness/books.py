@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SINKS = ("pubsub", "bigquery")
+from lifecycle import SINKS
+
 _BUSY_TIMEOUT_S = 10.0
 _CLI_TIMEOUT_S = 20.0
 # A member of the spool's group, who has no other right.

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tests.harness.books import SINKS, Books
+from lifecycle import SINKS
+from tests.harness.books import Books
 from tests.harness.broker import Broker
 from tests.harness.checks import (
     assert_adds_up,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 COLLECTOR = "collector"
-FORWARDERS = ("forwarder-pubsub", "forwarder-bigquery")
+FORWARDERS = tuple(f"forwarder-{sink}" for sink in SINKS)
 PROGRAMS = (COLLECTOR, *FORWARDERS)
 IMPATIENT = "tests.harness.impatient"
 MORTAL = "tests.harness.mortal"

@@ -58,9 +58,15 @@ class Supervisor(Program):
     def wait_until_running(self) -> None:
         """Wait until each program has run long enough to count as started."""
         wait_until(
-            lambda: len(re.findall(r" RUNNING ", self.control("status"))) == len(PROGRAMS),
+            lambda: {n for n, state in self.states().items() if state == "RUNNING"} >= {*PROGRAMS},
             START_TIMEOUT_S,
             "supervisorctl status shows all programs RUNNING",
+        )
+
+    def states(self) -> dict[str, str]:
+        """Return what ``supervisorctl status`` shows for each program."""
+        return dict(
+            re.findall(r"^([\w-]+) +([A-Z]+) ", self.control("status") + "\n", re.MULTILINE)
         )
 
     def pid_of(self, name: str) -> int:
@@ -72,10 +78,14 @@ class Supervisor(Program):
         return {name: self.pid_of(name) for name in PROGRAMS}
 
     @contextmanager
-    def supervising(self) -> Iterator[Self]:
-        """Start it, and at the end leave nothing of it running, whatever happened."""
+    def supervising(self, *, wait: bool = True) -> Iterator[Self]:
+        """Start it, and at the end leave nothing of it running, whatever happened.
+
+        Args:
+            wait: Whether all programs run before this goes on.
+        """
         try:
-            self.start()
+            (self.start if wait else super().start)()
             yield self
         finally:
             try:

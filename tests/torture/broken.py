@@ -122,6 +122,11 @@ def _fold_the_log_in_carelessly() -> None:
     _replace(connection, "_configure_owner", configure_and_fold)
 
 
+def _believe_the_log() -> None:
+    """What the last life left in the log counts as durable, because it can be read."""
+    _replace(connection, "rewrite_log", lambda *_: None)
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     "synchronous=NORMAL": _sync_less,
     "PUBACK before COMMIT": _acknowledge_first,
@@ -136,6 +141,11 @@ OF_THE_SECOND_LIFE: dict[str, Callable[[], None]] = {
 }
 """What does no harm in a first life, whose files are empty: only a power cut during the recovery
 from another one can find it."""
+
+OF_A_FAILED_SYNC: dict[str, Callable[[], None]] = {
+    "log believed after a failed sync": _believe_the_log,
+}
+"""What only a sync that failed can show."""
 
 OFTEN = "checkpoints often"
 _OFTEN_PAGES = 20
@@ -152,6 +162,7 @@ def _replace(owner: object, name: str, substitute: object) -> None:
 
 
 if __name__ == "__main__":
-    {**MUTATIONS, **OF_THE_SECOND_LIFE, OFTEN: _checkpoint_often}[sys.argv[1]]()
+    changes = {**MUTATIONS, **OF_THE_SECOND_LIFE, **OF_A_FAILED_SYNC, OFTEN: _checkpoint_often}
+    changes[sys.argv[1]]()
     program, *arguments = sys.argv[2:]
     leave(collector.main() if program == "collector" else forwarder.main(arguments))

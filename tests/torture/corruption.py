@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lifecycle import SINKS
 from tests.harness import COLLECTOR, IMPATIENT, PROGRAMS, Packet, Received, Rig, wait_until
 from tests.harness.books import Figures
 from tests.torture.ledger import Lawful, reckon
@@ -127,7 +128,7 @@ def _truncate_log(path: Path, dice: random.Random) -> int:
 
 _SPOOL_ASIDE = "the damaged spool was set aside"
 _SINK_ASIDE = "a new file takes the place of"
-_BOTH = frozenset({"pubsub", "bigquery"})
+_BOTH = frozenset(SINKS)
 
 DAMAGES: dict[str, Damage] = {
     "a bit flipped in a payload": Damage(_flip_in_payload, "spool", aside=False),
@@ -144,7 +145,7 @@ DAMAGES: dict[str, Damage] = {
     "without its index": Damage(_remove_index, "spool", aside=False, killed=True),
     **{
         f"{sink}: {name}": Damage(hurt, sink, aside=True, repeats=_BOTH, said=_SINK_ASIDE)
-        for sink in ("pubsub", "bigquery")
+        for sink in SINKS
         for name, hurt in (
             ("garbage in the header", _garbage_header),
             ("garbage behind the header", _garbage_behind_the_header),
@@ -153,19 +154,16 @@ DAMAGES: dict[str, Damage] = {
         )
     },
     # Only the collector's snapshot tells an emptied file from one that was never begun.
-    **{
-        f"{sink}: emptied": Damage(_empty, sink, aside=None, repeats=_BOTH)
-        for sink in ("pubsub", "bigquery")
-    },
+    **{f"{sink}: emptied": Damage(_empty, sink, aside=None, repeats=_BOTH) for sink in SINKS},
     **{
         f"{sink}: without its index": Damage(_remove_index, sink, aside=False, killed=True)
-        for sink in ("pubsub", "bigquery")
+        for sink in SINKS
     },
     **{
         f"{sink}: its log cut short": Damage(
             _truncate_log, sink, aside=False, killed=True, repeats=_BOTH
         )
-        for sink in ("pubsub", "bigquery")
+        for sink in SINKS
     },
 }
 

@@ -54,7 +54,7 @@ def earnest(directory: Path, method: str = "storage", **variables: str) -> Itera
                     del program.environment[name]
                 program.environment |= {
                     "GOOGLE_APPLICATION_CREDENTIALS": str(key_file),
-                    "https_proxy": gate.url,
+                    # As administrators write it; gRPC itself knows the lower case only.
                     "HTTPS_PROXY": gate.url,
                     "REQUESTS_CA_BUNDLE": str(authority.certificate),
                     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(authority.certificate),

@@ -4,6 +4,9 @@ The model, which promises no more than POSIX and less than any journalling file 
 
 * A file holds everything that its last completed sync found. Each later write is kept, missing,
   or torn at sectors of 512 bytes, independently of the others; a truncation happened or did not.
+* After a sync that failed, what it was to write is dropped: the pages count as clean, so no later
+  sync writes them. Each such write is kept, missing or torn for as long as nothing is written in
+  its place and synced (Linux; https://wiki.postgresql.org/wiki/Fsync_Errors).
 * A name is there, or gone, once its directory was synced; later changes of names happened up
   to some point, in their order. A file's own sync does not make its name durable.
 
@@ -32,6 +35,16 @@ class _Write:
             content.extend(bytes(end - len(content)))
         content[self.offset : end] = self.data
 
+    def left_by(self, later: "_Change") -> "list[_Write]":
+        """Return what ``later`` leaves of it."""
+        begin, end = self.offset, self.offset + len(self.data)
+        if isinstance(later, _Truncation):
+            covered, until = later.size, max(end, later.size)
+        else:
+            covered, until = later.offset, later.offset + len(later.data)
+        parts = ((begin, min(end, covered)), (max(begin, until), end))
+        return [_Write(a, self.data[a - begin : b - begin]) for a, b in parts if a < b]
+
 
 @dataclass(frozen=True, slots=True)
 class _Truncation:
@@ -52,13 +65,27 @@ class _Inode:
     later: list[_Change] = field(default_factory=list)
     syncing: dict[int, int] = field(default_factory=dict)
     """Of each sync under way: how many of ``later`` it found."""
+    dropped: list[_Write] = field(default_factory=list)
+    """What syncs that failed were to write, as far as nothing was synced in its place since."""
 
-    def sync_ends(self, sync: int) -> None:
+    def sync(self, event: Event) -> None:
+        if event.kind is Kind.SYNC_BEGINS:
+            self.syncing[event.number] = len(self.later)
+        elif event.kind is Kind.SYNC_FAILS:
+            # A truncation is the file system's own journal's affair, not the pages'.
+            found = self._found(event.number)
+            self.dropped += [change for change in found if isinstance(change, _Write)]
+        else:
+            for change in self._found(event.number):
+                change.apply(self.synced)
+                self.dropped = [part for write in self.dropped for part in write.left_by(change)]
+
+    def _found(self, sync: int) -> list[_Change]:
         found = self.syncing.pop(sync, 0)
-        for change in self.later[:found]:
-            change.apply(self.synced)
+        changes = self.later[:found]
         del self.later[:found]
         self.syncing = {n: max(0, count - found) for n, count in self.syncing.items()}
+        return changes
 
 
 class Disk:
@@ -96,11 +123,8 @@ class Disk:
                 self._inode(name).later.append(_Write(event.number, event.data))
             case Kind.TRUNCATE:
                 self._inode(name).later.append(_Truncation(event.number))
-            case Kind.SYNC_BEGINS:
-                inode = self._inode(name)
-                inode.syncing[event.number] = len(inode.later)
-            case Kind.SYNC_ENDS:
-                self._inode(name).sync_ends(event.number)
+            case Kind.SYNC_BEGINS | Kind.SYNC_ENDS | Kind.SYNC_FAILS:
+                self._inode(name).sync(event)
             case Kind.UNLINK:
                 self._live.pop(name, None)
                 self._later.append(((name, None),))
@@ -204,6 +228,8 @@ _FATES: tuple[Callable[[list[_Change], random.Random], list[_Change]], ...] = (
 
 def _content(inode: _Inode, chance: random.Random) -> bytes:
     content = bytearray(inode.synced)
+    for change in chance.choice(_FATES)([*inode.dropped], chance):
+        change.apply(content)
     for change in chance.choice(_FATES)(inode.later, chance):
         change.apply(content)
     return bytes(content)

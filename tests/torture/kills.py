@@ -28,7 +28,6 @@ SOME = 40
 RECOVERY_TIMEOUT_S = 60.0
 MOMENT_MAX_S = 0.6
 FREEZE_MAX_S = 0.8
-REVIVE_AFTER_S = 8.0
 _GARBAGE_EVERY = 37
 _AT_ONCE = "0.0003"
 _RETENTIONS = ("24", "24", _AT_ONCE)
@@ -245,26 +244,11 @@ def _torture(
 def _wait_for_traffic(system: System) -> None:
     """Wait until readings pass the collector, and reach both services, from now on."""
     before = system.passed()
-    told_at = time.monotonic()
-
-    def flows() -> bool:
-        nonlocal told_at
-        if time.monotonic() - told_at > REVIVE_AFTER_S:
-            told_at = time.monotonic()
-            _revive(system)
-        return all(now >= then + SOME for then, now in zip(before, system.passed(), strict=True))
-
-    wait_until(flows, RECOVERY_TIMEOUT_S, "the collector and both services get readings")
-
-
-def _revive(system: System) -> None:
-    """Start what supervisord has given up: killed again and again before it counted as started.
-
-    That is this module's doing; no program of a real system is shot six times in ten seconds.
-    """
-    for line in system.supervisor.control("status").splitlines():
-        if " FATAL " in line:
-            system.supervisor.control("start", line.split()[0])
+    wait_until(
+        lambda: all(now >= then + SOME for then, now in zip(before, system.passed(), strict=True)),
+        RECOVERY_TIMEOUT_S,
+        "the collector and both services get readings",
+    )
 
 
 def _settled(system: System) -> Ledger:

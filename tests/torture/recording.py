@@ -112,22 +112,20 @@ def traced(scratch: Path, change: str = "", *, retention_hours: str = "24") -> I
     for log in logs.values():
         log.unlink(missing_ok=True)
     with Rig(SPOOL_RETENTION_HOURS=retention_hours) as rig:
-        modules = {COLLECTOR: ["collector"]}
-        modules |= {name: ["forwarder", name.removeprefix("forwarder-")] for name in FORWARDERS}
-        for name, arguments in modules.items():
-            python = [sys.executable, "-m", *([_BROKEN, change] if change else []), *arguments]
-            tracing = syscalls.command(binary, logs[name], sockets=name == COLLECTOR)
-            log = rig.directory / f"{name}.log"
-            rig.programs[name] = Program(name, [*tracing, *python], rig.variables, log)
-        yield Traced(rig, logs)
+        system = Traced(rig, logs, binary, change)
+        for name in PROGRAMS:
+            system.prepare(name)
+        yield system
 
 
 class Traced:
     """A system under strace, and when its services took what."""
 
-    def __init__(self, rig: Rig, logs: Mapping[str, Path]) -> None:
+    def __init__(self, rig: Rig, logs: Mapping[str, Path], strace: str, change: str) -> None:
         self.rig = rig
         self._logs = logs
+        self._strace = strace
+        self._change = change
         self._offset_s = _clock_offset_s()
         self._append_times: list[tuple[float, float]] = []
         rig.cloud.write_api.faults.after_append = self._note_append
@@ -135,6 +133,22 @@ class Traced:
     def _note_append(self, *_: object) -> None:
         now, latency_s = time.time(), self.rig.cloud.write_api.latency_s
         self._append_times.append((now, now + max(0.0, latency_s - _LATENCY_TOLERANCE_S)))
+
+    def prepare(self, name: str, inject: str = "") -> None:
+        """Let the program's next life be one under strace.
+
+        Args:
+            name: Which program; it does not run.
+            inject: A fault, as strace's ``inject=`` takes it; empty for none.
+        """
+        module, _, sink = name.partition("-")
+        broken = [_BROKEN, self._change] if self._change else []
+        python = [sys.executable, "-m", *broken, module, *([sink] if sink else [])]
+        tracing = syscalls.command(
+            self._strace, self._logs[name], sockets=name == COLLECTOR, inject=inject
+        )
+        log = self.rig.directory / f"{name}.log"
+        self.rig.programs[name] = Program(name, [*tracing, *python], self.rig.variables, log)
 
     def wait_for_end(self, name: str) -> None:
         """Wait until the program is gone, and strace has written the last of it."""

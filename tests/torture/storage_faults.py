@@ -86,6 +86,8 @@ _GRID: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
     ),
     "pread64": (("error=EIO", "error=EINTR"), (1, 2, 4, 9, 25, 60)),
     "fcntl": (("error=EIO", "error=ENOLCK"), (1, 3, 7, 15, 40)),
+    # stat(), as the C library makes it.
+    "newfstatat": (("error=EIO",), (1, 2, 5, 12, 40)),
 }
 _QUIET_PLACES = 5
 _A_READ_THAT_FAILS = ("pread64", "error=EIO")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 FILE_CALLS = ("openat", "pwrite64", "ftruncate", "fdatasync", "fsync", "unlink", "rename")
 SOCKET_CALLS = ("sendto", "recvfrom")
+_SYNCS = ("fdatasync", "fsync")
 _STRING_MAX_BYTES = 2_000_000
 _SYNCS_MAX = 1_000_000_000
 """More than a log has lines: a directory is synced by several processes."""
@@ -34,6 +35,7 @@ class Kind(Enum):
     TRUNCATE = "truncate"
     SYNC_BEGINS = "a sync begins"
     SYNC_ENDS = "a sync has ended"
+    SYNC_FAILS = "a sync has failed"
     UNLINK = "unlink"
     RENAME = "rename"
     SEND = "send"
@@ -45,7 +47,7 @@ class Event:
     """One thing that a process did."""
 
     at: float
-    """Seconds since 1970: of the begin, but of the end for SYNC_ENDS and RECEIVE."""
+    """Seconds since 1970: of the begin, but of the end for SYNC_ENDS, SYNC_FAILS and RECEIVE."""
     kind: Kind
     path: str
     """Of a socket, strace's name of the connection."""
@@ -55,13 +57,14 @@ class Event:
     """WRITE's offset, TRUNCATE's size; which sync it is, of both its events."""
 
 
-def command(binary: str, log: Path, *, sockets: bool) -> list[str]:
+def command(binary: str, log: Path, *, sockets: bool, inject: str = "") -> list[str]:
     """Return what to put before a program's command, so that ``log`` can be read here.
 
     Args:
         binary: strace.
         log: Appended to, so that a program started again goes on in it.
         sockets: Whether to log what is said on sockets as well.
+        inject: A fault, as strace's ``inject=`` takes it; empty for none.
     """
     calls = ",".join(FILE_CALLS + (SOCKET_CALLS if sockets else ()))
     # -D: the process that is started, and signalled, is the program; strace stands behind it.
@@ -70,6 +73,7 @@ def command(binary: str, log: Path, *, sockets: bool) -> list[str]:
         binary,
         *options,
         *("-s", str(_STRING_MAX_BYTES), "-e", f"trace={calls}"),
+        *(("-e", f"inject={inject}") if inject else ()),
         *("-o", str(log)),
     ]
 
@@ -104,10 +108,15 @@ def _events(log: Path, syncs: int) -> Iterator[Event]:
 
 def _call(at: float, text: str, sync: int, *, ended: bool = True) -> Iterator[Event]:
     call, returned = _CALL.match(text), _RETURN.search(text)
-    if call is None or returned is None or int(returned[1]) < 0:
+    if call is None or returned is None:
         return
     name, path, arguments = call[1], _shown(call[3] or ""), call[4]
     end = at + float(returned[2] or 0)
+    if int(returned[1]) < 0:
+        if name in _SYNCS:
+            yield Event(at, Kind.SYNC_BEGINS, path, number=sync)
+            yield Event(end, Kind.SYNC_FAILS, path, number=sync)
+        return
     if name in {"openat", "unlink", "rename"}:
         yield from _naming(at, name, arguments)
     elif name in {"sendto", "recvfrom"}:

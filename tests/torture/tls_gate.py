@@ -119,6 +119,8 @@ class TlsGate:
         """Hosts with which a handshake was completed."""
         self.refused: list[str] = []
         """Why handshakes failed."""
+        self.asked: list[bytes] = []
+        """The heads of the CONNECT requests."""
         self.heard = bytearray()
         """The first bytes that came through TLS on each connection."""
         self._ports = dict(ports)
@@ -175,6 +177,7 @@ class TlsGate:
                 if not piece:
                     return
                 head += piece
+            self.asked.append(head)
             host = head.split()[1].decode().partition(":")[0]
             if not head.startswith(b"CONNECT ") or host not in self._ports:
                 client.sendall(b"HTTP/1.1 502 no such host\r\ncontent-length: 0\r\n\r\n")

@@ -21,6 +21,10 @@ SIZES: Mapping[str, int] = {
     "cloud_faults": 10,
     "mqtt_faults": 10,
     "many_keys": 14,
+    "crash_loops": 5,
+    "identity": 12,
+    "failed_syncs": 200,
+    "dead_letters": 8,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from lifecycle import SINKS
 from spool import (
     AppendJournal,
     Journal,
@@ -19,7 +20,6 @@ from spool import (
     sink_path,
     spool_path,
 )
-from tests.harness.books import SINKS
 from tests.torture.witness import Arrival, Truth
 
 _SHOWN = 5
