@@ -17,7 +17,8 @@ from bench.insert_rows_loop import CALL_ROWS, TIMEOUT_S
 from forwarder.bigquery import PARALLEL_REQUESTS
 from forwarder.insertbody import BodyEncoder
 from forwarder.lanes import REQUEST_MAX_MESSAGES
-from forwarder.pubsub import CHANNEL_OPTIONS, PUBLISH_METHOD
+from forwarder.publisher import CHANNEL_OPTIONS
+from forwarder.pubsub import PUBLISH_METHOD
 from forwarder.table import COLUMNS
 from forwarder.wire import MessageEncoder
 from spool import Reading

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from forwarder.drain import LOOP, Drain
+from forwarder.batch_delivery import LOOP
+from forwarder.drain import Drain
 from forwarder.loghold import LogHold
 from forwarder.registry import build
 from lifecycle import (

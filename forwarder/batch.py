@@ -100,11 +100,18 @@ def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> 
     expected = after_seq + 1
     for row in rows:
         if row[0] != expected:
-            reason = (
-                "dropped by SPOOL_FULL_POLICY=drop-oldest"
-                if row[0] - 1 <= dropped_through
-                else "left the spool before this sink saw them (disabled, or its file was lost?)"
-            )
-            gaps.append(Gap(expected, row[0] - 1, reason))
+            gaps.append(Gap(expected, row[0] - 1, gap_reason(row[0] - 1, dropped_through)))
         expected = row[0] + 1
     return gaps
+
+
+def gap_reason(last_seq: int, dropped_through: int) -> str:
+    """Return why readings up to ``last_seq`` are missing.
+
+    Args:
+        last_seq: Of the last one that is missing.
+        dropped_through: As in :func:`find_gaps`.
+    """
+    if last_seq <= dropped_through:
+        return "dropped by SPOOL_FULL_POLICY=drop-oldest"
+    return "left the spool before this sink saw them (disabled, or its file was lost?)"

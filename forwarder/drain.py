@@ -1,8 +1,7 @@
 """The drain loop: from the cursor onwards, deliver, acknowledge, for ever.
 
-Read a batch, hand it to the sink, and move the cursor over the contiguous prefix of rows that
-are delivered, dead, or found missing. What the sink wants tried again is tried again, the same
-rows in the same order, before anything later is read.
+Read a batch and have it delivered (:mod:`forwarder.batch_delivery`) before anything later is read;
+but where some sites fail, the others are delivered ahead of them (:mod:`forwarder.bypass`).
 """
 
 import contextlib
@@ -10,24 +9,22 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from forwarder.backoff import HOLD_RETRY_S, backoff_s, pause_for_rate_s
-from forwarder.batch import Batch, Checked, check, find_gaps
-from forwarder.dead_letters import DeadLetterWatch
+from forwarder.backoff import pause_for_rate_s
+from forwarder.batch import check
+from forwarder.batch_delivery import LOOP, BatchDelivery
+from forwarder.bypass import Bypass, Hands
+from forwarder.gaplog import log_gaps
 from forwarder.loghold import LOOK_S, LogHold
-from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.readahead import ReadAhead
-from forwarder.sink import Delivery, Fault, FaultKind, JournalledSink, NoticingSink, Sink
-from lifecycle import StopRequest, Watchdog, fields, printable
+from forwarder.sink import JournalledSink, Sink
+from lifecycle import StopRequest, Watchdog, fields
 from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,
-    DeadLetter,
-    DiskFullError,
     FileMissingError,
     Gap,
     Reading,
@@ -35,8 +32,6 @@ from spool import (
     SinkState,
     SpoolError,
     SpoolReader,
-    presentable,
-    refuse_backlog,
     spool_path,
 )
 
@@ -54,10 +49,6 @@ POLL_ANNOUNCED_S = 0.5
 
 SPOOL_CHECK_S = 1.0
 """How often to look whether the spool was replaced by a new one, or has appeared."""
-
-DISK_FULL_RETRY_S = 5.0
-
-LOOP = "drain"
 
 
 class Drain:
@@ -94,23 +85,55 @@ class Drain:
         self._spool_path = spool_path(directory)
         self._sink = sink
         self._state = state
-        self._app_env = app_env
         self._max_rate = max_rate
         self._stop = stop
         self._watchdog = watchdog
         self._log_hold = log_hold
-        self._jitter = jitter
         self._clock = clock
         self._reader: SpoolReader | None = None
-        self._position = 0
         self._resume_through = 0
-        self._status = ("", "")
         self._ahead = ReadAhead(sink)
-        self._letters = DeadLetterWatch(sink.name, state, clock)
         self._deaf = ""
-        self._noticing = sink if isinstance(sink, NoticingSink) else None
-        self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
-        self._batch_rows = min(sink.max_rows, max_rate) if max_rate else sink.max_rows
+        self._batches = batches = BatchDelivery(
+            sink=sink,
+            state=state,
+            app_env=app_env,
+            stop=stop,
+            watchdog=watchdog,
+            log_hold=log_hold,
+            forget_ahead=self._ahead.forget,
+            jitter=jitter,
+            clock=clock,
+        )
+        self._letters = batches.letters
+        self._bypass = Bypass(
+            sink,
+            state,
+            Hands(
+                settle=batches.settle_durably,
+                set_status=lambda s, d: batches.set_status(s, d or batches.notice()),
+                log_dead=batches.letters.report,
+                backoff_s=batches.wait_s,
+                check_rows=batches.check_environment,
+                pause=self._pause_for_rate,
+                batch_rows=lambda: self._batch_rows,
+                beat=partial(watchdog.beat, LOOP),
+                clock=clock,
+            ),
+        )
+
+    @property
+    def _position(self) -> int:
+        return self._batches.position
+
+    @_position.setter
+    def _position(self, seq: int) -> None:
+        self._batches.position = seq
+
+    @property
+    def _batch_rows(self) -> int:
+        """How many rows to read at once."""
+        return min(self._sink.max_rows, self._max_rate or sys.maxsize)
 
     def run(self) -> None:
         """Drain until asked to stop; the batch in hand is settled as far as it got.
@@ -124,16 +147,16 @@ class Drain:
             # The file says why it stands still, also to who does not read logs.
             damaged = isinstance(error, CorruptFileError) and error.path == self._spool_path
             with contextlib.suppress(SpoolError):
-                self._set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
+                self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
             raise
-        self._set_status("stopped", self._stop.reason)
+        self._batches.set_status("stopped", self._stop.reason)
         if self._log_hold is not None:
             self._log_hold.close()
         if self._reader is not None:
             self._reader.close()
 
     def _loop(self) -> None:
-        self._set_status("delivering", self._notice())
+        self._batches.set_status("delivering", self._batches.notice())
         last_row_at = float("-inf")
         checked_at = float("-inf")
         while not self._stop.requested:
@@ -148,7 +171,16 @@ class Drain:
                 self._stop.wait(SPOOL_CHECK_S)
                 continue
             self._hold_for_log()
-            if reader.changed() and self._drain_available(reader):
+            bypassed = self._bypass.active
+            if bypassed:
+                if not self._room_for_dead_letters(reader):
+                    continue
+                wait_s = min(self._bypass.turn(reader), POLL_ANNOUNCED_S)
+                self._position = self._bypass.cursor
+                if self._bypass.active:
+                    self._stop.wait(wait_s, reader if reader.listening else None)
+                    continue
+            if (reader.changed() or bypassed) and self._drain_available(reader):
                 last_row_at = self._clock()
                 # Rows that come close together go together; where the service took long,
                 # those behind have waited long enough.
@@ -183,6 +215,8 @@ class Drain:
         self._position = self._state.position(reader.epoch)
         reader.check_position(self._position)
         self._skip_other_environment(reader)
+        self._bypass.resume(reader, self._position)
+        self._position = self._bypass.cursor
         if isinstance(self._sink, JournalledSink):
             self._resume_through = self._sink.resume(reader.epoch)
         log.info("draining", extra=fields(epoch=reader.epoch, after_seq=self._position))
@@ -206,14 +240,14 @@ class Drain:
         first = reader.environment_from()
         if self._position < first:
             gap = Gap(self._position + 1, first, "taken and delivered under another APP_ENV")
-            self._note_gaps([gap])
-            self._settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
+            log_gaps(self._sink.name, [gap])
+            self._batches.settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
             self._position = first
 
     def _drain_available(self, reader: SpoolReader) -> bool:
         """Deliver all that is there; return whether there was anything."""
         any_rows = False
-        while self._room_for_dead_letters(reader):
+        while not self._bypass.active and self._room_for_dead_letters(reader):
             if self._hold_for_log():
                 break
             batch = self._ahead.take(self._position) or check(self._read(reader, self._position))
@@ -223,14 +257,15 @@ class Drain:
                 self._position_check(reader)
                 return any_rows
             # After the read: an environment is claimed before its first row is written.
-            self._check_environment(reader, rows)
+            self._batches.check_environment(reader, rows)
             any_rows = True
             begun = self._clock()
             if len(rows) == self._batch_rows or batch.shortened:  # then there is probably more
                 self._ahead.plan(rows[-1][0], partial(self._read, reader))
-            self._deliver(reader, batch)
-            if self._max_rate:
-                self._stop.wait(pause_for_rate_s(len(rows), self._max_rate, self._clock() - begun))
+            failed = self._batches.deliver(reader, batch)
+            if failed is not None:
+                self._bypass.begin(reader.epoch, self._position, *failed)
+            self._pause_for_rate(len(rows), begun)
             if self._log_hold is not None:
                 full = len(rows) >= self._batch_rows or batch.shortened
                 pause_s = self._log_hold.pause_s(self._clock() - begun, more=full)
@@ -239,6 +274,10 @@ class Drain:
         self._ahead.forget()
         return any_rows
 
+    def _pause_for_rate(self, rows: int, begun_s: float) -> None:
+        if self._max_rate:
+            self._stop.wait(pause_for_rate_s(rows, self._max_rate, self._clock() - begun_s))
+
     def _room_for_dead_letters(self, reader: SpoolReader) -> bool:
         """Wait until a batch may begin; return False where ``reader`` is to be used no more."""
         held = False
@@ -246,13 +285,13 @@ class Drain:
         # It is finished: in a few days its stream would be forgotten.
         while self._position >= self._resume_through and (full := self._letters.full()):
             held = True
-            if self._wait_after(full, 1, 0):
+            if self._batches.wait_after(full, 1, 0):
                 return False
             self._check_spool()
             if self._reader is not reader:
                 return False
         if held:
-            self._set_status("delivering", self._notice())
+            self._batches.set_status("delivering", self._batches.notice())
         return not self._stop.requested
 
     def _hold_for_log(self) -> bool:
@@ -260,12 +299,12 @@ class Drain:
         held = False
         while self._log_hold is not None and self._log_hold.look():
             held = True
-            self._set_status("on hold", self._log_hold.detail)
+            self._batches.set_status("on hold", self._log_hold.detail)
             self._watchdog.beat(LOOP)
             if self._stop.wait(LOOK_S):
                 return True
         if held:
-            self._set_status("delivering", self._notice())
+            self._batches.set_status("delivering", self._batches.notice())
         return False
 
     def _read(self, reader: SpoolReader, after_seq: int) -> list[Reading]:
@@ -281,144 +320,6 @@ class Drain:
             reader.check_position(self._position)
         if self._position < last and not reader.read_after(self._position, 1, 1):
             gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
-            self._note_gaps([gap])
-            self._settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
+            log_gaps(self._sink.name, [gap])
+            self._batches.settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
             self._position = last
-
-    def _check_environment(self, reader: SpoolReader, rows: Sequence[Reading]) -> None:
-        spooled_under = reader.app_env()
-        if spooled_under != self._app_env:
-            refuse_backlog(
-                spooled_under, self._app_env, {self._sink.name: len(rows)}, str(reader.path)
-            )
-
-    def _deliver(self, reader: SpoolReader, checked: Checked) -> None:
-        """Deliver one batch, for as long as it takes, or until asked to stop."""
-        batch = Batch([], [], settled_seq=self._position)
-        todo = self._take_in(reader, batch, checked)
-        failures = probes = 0
-        while True:
-            if self._log_hold is not None:
-                self._log_hold.look()  # tries may go on for days
-            delivery = self._sink.deliver(todo) if todo else Delivery()
-            self._watchdog.beat(LOOP)
-            # A service's words are read in terminals, and may be anybody's (a captive portal's).
-            dead = [replace(d, detail=printable(d.detail)) for d in delivery.dead]
-            batch.dead += dead
-            self._letters.report(dead)
-            progressed = len(delivery.retry) < len(todo)
-            todo = delivery.retry
-            self._settle(reader, batch, todo[0][0] if todo else batch.rows[-1][0] + 1)
-            if not todo:
-                if failures:
-                    log.info("delivering again", extra=fields(sink=self._sink.name))
-                self._set_status("delivering", self._notice())
-                return
-            if progressed and delivery.fault is None:
-                continue  # what is confirmed had to be settled first
-            failures = 1 if progressed else failures + 1
-            probe = delivery.fault is not None and delivery.fault.probe
-            probes = (1 if progressed else probes + 1) if probe else 0
-            # What came since may show at once that it is these rows, and no hold is due.
-            if probes == 1 and not self._stop.requested:
-                more = self._look_ahead(reader, batch)
-                todo += more
-                if more:
-                    continue
-            if self._wait_after(delivery.fault, failures, len(todo)):
-                return
-            if probe:
-                todo += self._look_ahead(reader, batch)
-
-    def _take_in(self, reader: SpoolReader, batch: Batch, checked: Checked) -> list[Reading]:
-        """Add rows to the batch; return those to be delivered."""
-        after_seq = batch.rows[-1][0] if batch.rows else self._position
-        gaps = find_gaps(after_seq, checked.rows, reader.dropped_through())
-        self._note_gaps(gaps)
-        detail = "the row's checksum is wrong: its bits changed"
-        dead = [DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged]
-        self._letters.report(dead)
-        batch.add(checked.rows, gaps, dead)
-        return checked.good
-
-    def _look_ahead(self, reader: SpoolReader, batch: Batch) -> list[Reading]:
-        """Let a held batch grow by what came since; return the rows to be delivered as well."""
-        full = self._letters.full()
-        rows = [] if full else self._lookahead.read(batch.unsettled(), reader.read_after)
-        if not rows:
-            return []
-        self._check_environment(reader, rows)
-        self._ahead.forget()  # that batch has become a part of this one
-        return self._take_in(reader, batch, check(rows))
-
-    def _settle(self, reader: SpoolReader, batch: Batch, before_seq: int) -> None:
-        if before_seq - 1 > batch.settled_seq:
-            self._settle_durably(batch.settle_before(before_seq, reader.epoch))
-            self._position = batch.settled_seq
-
-    def _settle_durably(self, settlement: Settlement) -> None:
-        """Move the cursor; on a full disk wait for room rather than deliver all again."""
-        while True:
-            try:
-                self._state.settle(settlement)
-            except DiskFullError as error:
-                log.critical("cannot note what was delivered, waiting for room: %s", error)
-                self._watchdog.beat(LOOP)
-                if self._stop.wait(DISK_FULL_RETRY_S):
-                    raise
-                if self._state.position(settlement.epoch) == settlement.seq:
-                    return  # the commit that failed did take place
-            else:
-                return
-
-    def _wait_after(self, fault: Fault | None, failures: int, waiting: int) -> bool:
-        """Say what is wrong and wait; return whether to stop."""
-        if fault is None:
-            raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
-        hold = fault.kind is FaultKind.HOLD
-        wait_s = HOLD_RETRY_S if hold else backoff_s(failures, self._jitter())
-        if fault.probe:
-            wait_s = probe_wait_s(failures, HOLD_RETRY_S)
-        self._set_status("on hold" if hold else "retrying", str(fault))
-        log.log(
-            logging.ERROR if hold else logging.WARNING,
-            "%s: %s",
-            "delivery is on hold until somebody mends this" if hold else "delivery failed",
-            fault,
-            extra=fields(
-                sink=self._sink.name,
-                failures=failures,
-                retry_in_s=round(wait_s, 2),
-                rows=waiting,
-                after_seq=self._position,
-            ),
-        )
-        deadline = self._clock() + wait_s
-        while not self._stop.requested and (left_s := deadline - self._clock()) > 0:
-            self._watchdog.beat(LOOP)
-            self._stop.wait(left_s)
-        return self._stop.requested
-
-    def _notice(self) -> str:
-        """Return what an operator has to know although it delivers."""
-        notices = (self._letters.notice(), self._noticing.notice if self._noticing else "")
-        return "; ".join(filter(None, notices))
-
-    def _set_status(self, state: str, detail: str) -> None:
-        detail = printable(detail)
-        if (state, detail) != self._status:
-            self._state.set_status(state, detail)
-            self._status = (state, detail)
-
-    def _note_gaps(self, gaps: Sequence[Gap]) -> None:
-        for gap in gaps:
-            log.error(
-                "readings are missing and will not be delivered: %s",
-                gap.reason,
-                extra=fields(
-                    sink=self._sink.name,
-                    first_seq=gap.first_seq,
-                    last_seq=gap.last_seq,
-                    rows=gap.rows,
-                ),
-            )

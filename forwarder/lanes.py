@@ -36,6 +36,8 @@ class Lane:
     """The requests of one site within a batch, first to last."""
 
     waiting: deque[Request] = field(default_factory=deque)
+    begun: bool = False
+    """Whether one of them was sent."""
 
     def split(self, rows: list[Reading]) -> None:
         """Put both halves of a request's ``rows`` back at the head, in order."""

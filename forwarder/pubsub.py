@@ -9,37 +9,55 @@ waits for answers, the next batch is read, sorted and encoded (:mod:`forwarder.r
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
-from google.auth.credentials import AnonymousCredentials, Credentials
-from google.auth.exceptions import GoogleAuthError
-from google.pubsub_v1 import PublisherClient
-from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.types import PublishResponse as _PublishResponse
 
-from forwarder.access import cannot_build, find_credentials, why_no_token
+from forwarder.access import why_no_token
 from forwarder.faults import CREDENTIALS_REMEDY, PLUGIN_FAILURE, Blame, FaultError, blame_grpc
 from forwarder.lanes import Lane, Lanes, Request, sort_as_many_as_fit, sort_by_site
+from forwarder.publisher import Connection, connect, is_global, routing, subscription_lister
+from forwarder.recreated import Notes, RecreatedTopic, create_topic
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
-from lifecycle import Settings
+from lifecycle import Settings, fields
 from spool import DeadLetter, Reading
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
 
 log = logging.getLogger("forwarder.pubsub")
 
 REQUEST_MAX_BYTES = 9_000_000
 """Below the service's 10 MB, which counts overheads that we do not see."""
 
+IN_FLIGHT_MAX = 100
+"""Requests on their way at once. Google's front ends take about as many streams per connection;
+more would wait in the client while their deadlines run."""
+
 DEADLINE_S = 20.0
+"""Of each request, from when it is sent."""
+
+START_WITHIN_S = DEADLINE_S
+"""What could not be sent so long after the delivery began is handed back, untried: the others do
+not wait longer for sites that do not answer."""
+
 GIVE_BACK_AFTER_S = 60.0
 """A delivery that looks for guilty rows for longer than this hands the rest back, so that what
 it found is settled before the watchdog takes the search for a hang."""
 
 BATCH_MAX_ROWS = 8_000
+ROWS_PER_SITE = 8
+MANY_SITES_MAX_ROWS = 16_000
+"""Each site has requests of its own. Where there are many, a batch of 8,000 rows would be as many
+requests with a row or two each, so it may be larger, up to a bound that memory sets (measured with
+5,000 sites: 135 MB for the process, 150 MB with 24,000 rows; 105 MB with 8 sites)."""
+
 BATCH_MAX_BYTES = 8 * 1024 * 1024
 GATHER_S = 0.005
 """See :class:`forwarder.sink.Sink`: whoever subscribes wants the readings soon."""
@@ -47,21 +65,6 @@ GATHER_S = 0.005
 RELEASED_MAX = 8
 """So many sites are asked for a row that is accepted, in a delivery that is refused elsewhere."""
 
-CHANNEL_OPTIONS = (
-    # A dead path is noticed after 40 s at the latest, not after the kernel's many minutes.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-    # A new channel must not inherit the dead connection of the one that it replaces.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_send_message_length", -1),
-)
-EMULATOR_OPTIONS = (
-    *CHANNEL_OPTIONS,
-    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
-    ("grpc.enable_http_proxy", 0),
-)
 PUBLISH_METHOD = "/google.pubsub.v1.Publisher/Publish"
 
 PublishResponse = _PublishResponse.pb()
@@ -75,26 +78,29 @@ class PubSubSink:
 
     Args:
         settings: Project, topic, endpoint or emulator, instance id.
+        notes: The sink's own file; None to remember nothing across restarts.
     """
 
     name = "pubsub"
-    max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
     gather_s = GATHER_S
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, notes: Notes | None = None) -> None:
         topic = settings.pubsub_topic
         if not topic.startswith("projects/"):
             topic = f"projects/{settings.gcp_project_id}/topics/{topic}"
+        self.max_rows = BATCH_MAX_ROWS
         self._topic = topic
-        self._emulator = settings.pubsub_emulator_host
-        self._endpoint = settings.pubsub_endpoint
+        self._settings = settings
         self._encoder = MessageEncoder(topic, settings.instance_id)
-        self._metadata = (("x-goog-request-params", f"topic={topic}"),)
-        self._client: PublisherClient | None = None
+        self._metadata = routing(topic)
+        self._recreated = RecreatedTopic(topic, notes)
+        self._connection: Connection | None = None
         self._publish: grpc.UnaryUnaryMultiCallable | None = None
         self._credentials: Credentials | None = None
         self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
+        self._accepted = False
+        """Whether a row was accepted in this delivery."""
         self._suspects: list[DeadLetter] = []
         """Refused since the last row that was accepted in this delivery."""
         self._suspected: set[str] = set()
@@ -103,12 +109,21 @@ class PubSubSink:
         """How often lanes that were kept back were let go in this delivery."""
         self._ready: Lanes | None = None
         """The batch after this one."""
+        self._not_encoded: list[Request] = []
+        """Its requests that are still to be made, last to first."""
         self.meanwhile: Callable[[], bool] = lambda: False
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
+        if is_global(settings):
+            log.warning(
+                "the order of a site's readings is kept within one region only, and the global "
+                "endpoint may use several: set PUBSUB_ENDPOINT to a regional one",
+                extra=fields(example="PUBSUB_ENDPOINT=europe-west1-pubsub.googleapis.com:443"),
+            )
 
     def prepare(self, rows: list[Reading]) -> list[Reading]:
         """Sort the next batch; see :class:`forwarder.readahead.WaitingSink`."""
         self._ready = sort_as_many_as_fit(rows)
+        self._not_encoded = [r for lane in self._ready.lanes for r in lane.waiting][::-1]
         return self._ready.rows
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
@@ -117,17 +132,28 @@ class PubSubSink:
             self._connect()
         except FaultError as error:
             return Delivery(retry=list(rows), fault=error.fault)
+        if self._recreated.missing and (why := self._look_at_topic()) is not None:
+            return Delivery(retry=list(rows), fault=why)
         self._refusals.begin()
         self._suspects.clear()
+        self._accepted = False
         delivery = Delivery()
         self._run(self._lanes(rows, delivery), delivery)
         # Lanes end in any order; the cursor needs the order of seq.
         delivery.retry.sort()
+        if self._accepted and self._recreated.missing:
+            open_seqs = {r[0] for r in delivery.retry} | {d.row[0] for d in delivery.dead}
+            self._recreated.accepted(next(r[0] for r in rows if r[0] not in open_seqs))
         fault = delivery.fault
         if fault is not None:
             if PLUGIN_FAILURE in fault.problem and self._credentials is not None:
                 fault = delivery.fault = why_no_token(self._credentials, fault.problem)
-            if fault.kind is FaultKind.HOLD or "DEADLINE_EXCEEDED" in fault.problem:
+                delivery.faults = dict.fromkeys(delivery.faults, fault)
+            if fault.kind is FaultKind.HOLD and not self._accepted:
+                # It is the topic or the account, as far as can be told, and no single site.
+                delivery.faults.clear()
+            dead_path = fault.kind is FaultKind.HOLD or "DEADLINE_EXCEEDED" in fault.problem
+            if dead_path and not self._accepted:
                 # The key file may be another one by the next try, or the path may be dead: it
                 # begins with a new connection.
                 self.close()
@@ -135,60 +161,60 @@ class PubSubSink:
 
     def close(self) -> None:
         """Close the channel."""
-        if self._client is not None:
-            self._client.transport.close()
-            self._client = None
-            self._publish = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = self._publish = None
 
     def _connect(self) -> None:
         if self._publish is not None:
             return
-        if self._emulator:
-            channel = grpc.insecure_channel(self._emulator, options=EMULATOR_OPTIONS)
-            transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
-        else:
-            host = self._endpoint or PublisherClient.DEFAULT_ENDPOINT
-            if not host.rpartition(":")[2].isdigit():  # a colon may be IPv6's
-                host = f"{host}:443"
-            self._credentials = find_credentials(PublisherGrpcTransport.AUTH_SCOPES)
-            try:
-                channel = PublisherGrpcTransport.create_channel(
-                    host,
-                    credentials=self._credentials,
-                    scopes=PublisherGrpcTransport.AUTH_SCOPES,
-                    options=CHANNEL_OPTIONS,
-                )
-            except (GoogleAuthError, OSError, ValueError) as error:
-                raise FaultError(cannot_build(error)) from error
-            transport = PublisherGrpcTransport(host=host, channel=channel)
-        self._client = PublisherClient(transport=transport)
-        self._publish = transport.grpc_channel.unary_unary(
+        self._connection = connect(self._settings)
+        self._credentials = self._connection.credentials or self._credentials
+        self._publish = self._connection.channel.unary_unary(
             PUBLISH_METHOD,
             request_serializer=None,  # they are bytes already: forwarder/wire.py
             response_deserializer=PublishResponse.FromString,
         )
 
+    def _look_at_topic(self) -> Fault | None:
+        """Return why nothing may be published to a topic that was missing before."""
+        if self._connection is None:
+            return None
+        lister = subscription_lister(self._connection.channel, self._topic, DEADLINE_S)
+        fault = self._recreated.look(lister)
+        if fault is not None:
+            self.close()  # as after any refusal: the next try begins with a new connection
+        return fault
+
     def _lanes(self, rows: Sequence[Reading], delivery: Delivery) -> list[Lane]:
         """Return the lanes of ``rows``, if possible those that were prepared."""
         ready = self._ready
         if ready is not None and ready.rows is rows:
-            self._ready = None
+            self._ready, self._not_encoded = None, []
         else:
             ready = sort_by_site(list(rows))
         delivery.dead += ready.dead
+        # After a few sites' retry the next batch is of all again, so it shrinks by half at most.
+        likes = max(len(ready.lanes) * ROWS_PER_SITE, self.max_rows // 2, BATCH_MAX_ROWS)
+        self.max_rows = min(likes, MANY_SITES_MAX_ROWS)
         return ready.lanes
 
     def _run(self, lanes: list[Lane], delivery: Delivery) -> None:
-        """Send all lanes to their end: per lane one request at a time, all lanes at once."""
+        """Send all lanes to their end: per lane one request at a time, many lanes at once."""
         ended: _Ended = queue.SimpleQueue()
-        give_back_at = time.monotonic() + GIVE_BACK_AFTER_S
+        begun_s = time.monotonic()
         alone = len(lanes) == 1 and len(lanes[0].waiting) == 1
         first, reserve = self._kept_back(lanes)
-        in_flight = sum(self._send_next(lane, ended, alone=alone) for lane in first)
-        parked: list[Lane] = []
-        while in_flight or reserve:
+        ready = deque(first)  # those that were not begun come first
+        in_flight = 0
+        while True:
+            while ready and in_flight < IN_FLIGHT_MAX and not self._refusals.enough:
+                in_flight += self._send_next(ready.popleft(), ended, alone=alone)
+                alone = False
             if not in_flight:
-                in_flight = self._release(reserve, ended)
+                if not reserve or (self._refusals.enough and self._released > RELEASED_MAX):
+                    break
+                in_flight = self._release(reserve, ready, ended)
                 continue
             while ended.empty() and (self.meanwhile() or self._encode_ahead()):
                 pass  # in pieces: a lane whose answer is there goes on first
@@ -196,16 +222,21 @@ class PubSubSink:
             answer, lane, sent = ended.get()
             in_flight -= 1
             self._judge(answer, lane, sent, delivery)
-            if lane.waiting and time.monotonic() >= give_back_at:
-                fault = Fault(FaultKind.TRANSIENT, f"publish to {self._topic}: not finished yet")
-                self._give_back(lane, delivery, fault)
-            parked.append(lane)
-            if not self._refusals.enough:
-                in_flight += sum(self._send_next(lane, ended) for lane in parked)
-                parked.clear()
-            if self._refusals.enough and not in_flight and self._released > RELEASED_MAX:
-                break
-        self._end_search(parked + reserve, delivery)
+            took_s = time.monotonic() - begun_s
+            if took_s >= START_WITHIN_S:
+                self._give_back_late(ready, reserve, delivery)
+            if lane.waiting and took_s >= GIVE_BACK_AFTER_S:
+                self._give_back_untried(lane, delivery)
+            if lane.waiting:
+                ready.append(lane)
+        self._end_search([*ready, *reserve], delivery)
+
+    def _give_back_late(self, ready: deque[Lane], reserve: list[Lane], delivery: Delivery) -> None:
+        """Hand back the lanes that could not be begun in time."""
+        while ready and not ready[0].begun:
+            self._give_back_untried(ready.popleft(), delivery)
+        while reserve:
+            self._give_back_untried(reserve.pop(), delivery)
 
     def _kept_back(self, lanes: list[Lane]) -> tuple[list[Lane], list[Lane]]:
         """Return the lanes to begin with, and those that wait.
@@ -228,7 +259,7 @@ class PubSubSink:
             self._refusals.search_deep()
         return first, others
 
-    def _release(self, reserve: list[Lane], ended: "_Ended") -> int:
+    def _release(self, reserve: list[Lane], ready: deque[Lane], ended: "_Ended") -> int:
         """Let lanes that waited go on; return how many requests are in flight now.
 
         While the search has come to rest by refusals, it is a row of one of them, and of another
@@ -236,21 +267,20 @@ class PubSubSink:
         """
         self._released += 1
         if not self._refusals.enough:
-            sent = sum(self._send_next(lane, ended) for lane in reserve)
+            ready.extend(reserve)
             reserve.clear()
-            return sent
+            return 0
         lane = reserve.pop(0)
         lane.first_alone()
         return self._send_next(lane, ended)
 
     def _encode_ahead(self) -> bool:
         """Make the next request of the batch that was prepared; return whether there was one."""
-        for lane in self._ready.lanes if self._ready else ():
-            for request in lane.waiting:
-                if not request.body:
-                    request.body = self._encoder.request(request.rows)
-                    return True
-        return False
+        if not self._not_encoded:
+            return False
+        request = self._not_encoded.pop()
+        request.body = self._encoder.request(request.rows)
+        return True
 
     def _send_next(self, lane: Lane, ended: "_Ended", *, alone: bool = False) -> int:
         """Start the lane's next request; return 1, or 0 if the lane is at its end.
@@ -261,6 +291,7 @@ class PubSubSink:
         """
         if not lane.waiting or self._publish is None:
             return 0
+        lane.begun = True
         request = lane.waiting.popleft()
         body = request.body or self._encoder.request(request.rows)
         if len(request.rows) > 1 and len(body) > REQUEST_MAX_BYTES:
@@ -291,6 +322,7 @@ class PubSubSink:
         else:
             if len(answer.message_ids) == len(sent):
                 self._refusals.accepted()
+                self._accepted = True
                 delivery.dead += self._suspects
                 self._suspects.clear()
                 return
@@ -305,7 +337,11 @@ class PubSubSink:
             lane.split(sent)
         else:
             lane.waiting.appendleft(Request(sent))
-            self._give_back(lane, delivery, self._fault(code, details, blame))
+            fault = self._fault(code, details, blame)
+            delivery.faults[sent[0][4]] = fault
+            self._give_back(lane, delivery, fault)
+            if code == "NOT_FOUND":
+                self._recreated.seen_missing()
 
     def _end_search(self, parked: list[Lane], delivery: Delivery) -> None:
         """Bury the rows that were refused last, unless it is the topic that refuses all."""
@@ -322,9 +358,17 @@ class PubSubSink:
             f"gcloud pubsub topics describe {topic} --project={project}",
         )
         delivery.retry += [letter.row for letter in self._suspects]
+        delivery.faults |= {letter.row[4]: fault for letter in self._suspects}
         delivery.fault = fault
         for lane in parked:
             self._give_back(lane, delivery, fault)
+
+    def _give_back_untried(self, lane: Lane, delivery: Delivery) -> None:
+        """End a lane for lack of time; its site is not at fault."""
+        delivery.retry += lane.give_up()
+        if delivery.fault is None and not (self._accepted and not lane.begun):
+            problem = f"publish to {self._topic}: not finished yet"
+            delivery.fault = Fault(FaultKind.TRANSIENT, problem)
 
     def _give_back(self, lane: Lane, delivery: Delivery, fault: Fault) -> None:
         """End the lane: what it has not delivered is to be tried again."""
@@ -341,7 +385,7 @@ class PubSubSink:
             FaultKind.HOLD,
             problem,
             {
-                "NOT_FOUND": f"create it: gcloud pubsub topics create {topic} --project={project}",
+                "NOT_FOUND": create_topic(self._topic),
                 "PERMISSION_DENIED": f"allow it: gcloud pubsub topics add-iam-policy-binding "
                 f"{topic} --project={project} --role=roles/pubsub.publisher "
                 "--member=serviceAccount:ACCOUNT",

@@ -14,10 +14,10 @@ from spool import SinkState
 # other sink's process, save their memory.
 
 
-def _pubsub(settings: Settings, _: SinkState) -> Sink:
+def _pubsub(settings: Settings, state: SinkState) -> Sink:
     from forwarder.pubsub import PubSubSink  # noqa: PLC0415 - see above
 
-    return PubSubSink(settings)
+    return PubSubSink(settings, state)
 
 
 def _bigquery(settings: Settings, state: SinkState) -> Sink:

@@ -55,6 +55,10 @@ class Delivery:
     these are handed in again at once, after those are settled."""
     dead: list[DeadLetter] = field(default_factory=list)
     fault: Fault | None = None
+    faults: dict[str, Fault] = field(default_factory=dict)
+    """By site, of a sink whose service may refuse one site and take the others: why that site's
+    rows are in ``retry``. A site whose rows are there and which is not here was not tried. Where
+    this is not empty, the other sites go on (:mod:`forwarder.bypass`)."""
 
 
 class Sink(Protocol):

@@ -26,6 +26,9 @@ delivered, became dead letters, or were found missing (a gap), all in one transa
 (:class:`SinkState`). The cursor names the epoch of the spool it belongs to; a spool with
 another epoch is read from its start, a cursor beyond the spool's end is an alarm.
 
+While a site is held, others may be delivered ahead of it (:func:`load_ahead`): the cursor stays
+before the held site's first reading, and the same transaction notes how far the others are.
+
 A sink whose service takes rows at numbered places (:class:`AppendJournal`) notes each append
 before it sends it, so that a crash repeats the same rows at the same place.
 
@@ -48,6 +51,7 @@ which its owner commits nothing more until the reader that keeps it has ended (:
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
+from spool.ahead import Ahead, AheadStep, load_ahead
 from spool.apart import prepare_apart
 from spool.conditions import Condition, Conditions
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
@@ -92,6 +96,8 @@ __all__ = [
     "ROW_OVERHEAD_BYTES",
     "SALVAGE_STEP_BYTES",
     "SPOOL_DAMAGED",
+    "Ahead",
+    "AheadStep",
     "AppendJournal",
     "Ballast",
     "Budget",
@@ -133,6 +139,7 @@ __all__ = [
     "event_id",
     "intact",
     "lasting",
+    "load_ahead",
     "pending",
     "prepare_apart",
     "presentable",

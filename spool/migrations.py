@@ -71,6 +71,11 @@ def _sink_3(db: Database) -> None:
     _run_script(db, "sink_3.sql", 3)
 
 
+@sink_migrations(name="4")
+def _sink_4(db: Database) -> None:
+    _run_script(db, "sink_4.sql", 4)
+
+
 def migrate(
     conn: sqlite3.Connection,
     migrations: Migrations,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spool.ahead import AheadStep, write_ahead
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import WAL_CHECKPOINT_PAGES, format_version, open_owner
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters
@@ -18,7 +19,7 @@ from spool.files import sink_path
 from spool.logwatch import restart_log, wal_bytes
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
-SINK_FORMAT = 3
+SINK_FORMAT = 4
 
 GAP_ROWS_MAX = 10_000
 """The newest are kept: with drop-oldest each batch can leave one, for as long as the service is
@@ -59,6 +60,8 @@ class Settlement:
     delivered: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    dead_ahead: int = 0
+    """Dead letters that were written while the cursor was before them, and are passed now."""
 
 
 class SinkState:
@@ -174,12 +177,21 @@ class SinkState:
                 list(values.items()),
             )
 
-    def settle(self, settlement: Settlement) -> None:
-        """Move the cursor, with everything that explains the move, in one durable step."""
+    def settle(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
+        """Move the cursor, with everything that explains the move, in one durable step.
+
+        Args:
+            settlement: How far, and what became of the rows.
+            ahead: What changed behind the cursor, for a sink that delivers some sites ahead of
+                others.
+        """
         now_us = time.time_ns() // 1000
         s = settlement
         with self.transaction("move the cursor") as conn:
             new = self.dead_letters.add(conn, s.epoch, s.dead, now_us) if s.dead else 0
+            if ahead is not None:
+                self.dead_letters.add(conn, s.epoch, ahead.dead, now_us)
+                write_ahead(conn, s.epoch, s.seq, ahead)
             for gap in s.gaps:
                 conn.execute(
                     "INSERT INTO gap (noted_us, epoch, first_seq, last_seq, reason) "
@@ -188,7 +200,7 @@ class SinkState:
                 )
             counts = {
                 "delivered": s.delivered,
-                "dead_lettered": new,
+                "dead_lettered": new + s.dead_ahead,
                 "dropped": sum(gap.rows for gap in s.gaps),
                 GAPS_FORGOTTEN: _forget_gaps(conn) if s.gaps else 0,
             }
@@ -216,6 +228,26 @@ class SinkState:
                 "since_us=iif(status.state = excluded.state, status.since_us, excluded.since_us)",
                 (state, detail, time.time_ns() // 1000),
             )
+
+    def note(self, key: str) -> str:
+        """Return what was noted under ``key``; empty if nothing is."""
+        try:
+            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise translated(error, f"read the note {key}", self.path) from error
+        return str(row[0]) if row else ""
+
+    def set_note(self, key: str, value: str) -> None:
+        """Note ``value`` under ``key``, durably; an empty one removes the note."""
+        with self.transaction(f"write the note {key}") as conn:
+            if value:
+                conn.execute(
+                    "INSERT INTO meta (key, value) VALUES (?, ?) "
+                    "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (key, value),
+                )
+            else:
+                conn.execute("DELETE FROM meta WHERE key = ?", (key,))
 
     def return_space(self) -> None:
         """Hand the free pages back to the file system.

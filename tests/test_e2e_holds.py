@@ -36,7 +36,7 @@ HOLDS = (
         "pubsub",
         "no topic",
         lambda cloud: cloud.pubsub.delete_topic(TOPIC_PATH),
-        lambda cloud: cloud.pubsub.create_topic(TOPIC_PATH),
+        lambda cloud: cloud.create_topic_again(),
         "gcloud pubsub topics create kpi-events --project=acme-edge",
     ),
     Hold(

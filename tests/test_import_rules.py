@@ -115,6 +115,7 @@ def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> No
             ("google", "grpc"),
             {
                 "forwarder/pubsub.py",
+                "forwarder/publisher.py",
                 "forwarder/access.py",
                 "forwarder/bigquery.py",
                 "forwarder/bqservice.py",

@@ -20,8 +20,9 @@ import forwarder.pubsub
 from forwarder.event import kpi_event, rfc3339
 from forwarder.faults import PLUGIN_FAILURE
 from forwarder.pubsub import PubSubSink
-from forwarder.sink import Delivery, FaultKind
+from forwarder.sink import Delivery, Fault, FaultKind
 from lifecycle import load_settings
+from spool import Reading, SinkState
 from tests.fakes import FakePubSub
 from tests.test_sink_contract import readings
 from tests.test_spool_writer import new_reading
@@ -38,7 +39,7 @@ def fake() -> Iterator[FakePubSub]:
         yield server
 
 
-def made(fake: FakePubSub, **variables: str) -> PubSubSink:
+def made(fake: FakePubSub, notes: SinkState | None = None, **variables: str) -> PubSubSink:
     environment = {
         "APP_ENV": "DEV",
         "GCP_PROJECT_ID": "p-1",
@@ -46,7 +47,7 @@ def made(fake: FakePubSub, **variables: str) -> PubSubSink:
         "BIGQUERY_ENABLED": "false",
         "PUBSUB_EMULATOR_HOST": fake.address,
     }
-    return PubSubSink(load_settings(environment | variables, "gate-1"))
+    return PubSubSink(load_settings(environment | variables, "gate-1"), notes)
 
 
 @pytest.fixture
@@ -132,8 +133,206 @@ def test_a_topic_that_does_not_exist_is_a_hold_with_the_command_that_makes_it(
     assert delivery.fault.kind is FaultKind.HOLD
     assert "gcloud pubsub topics create nowhere --project=p-1" in delivery.fault.remedy
     fake.create_topic("projects/p-1/topics/nowhere")
+    fake.create_subscription(SUBSCRIPTION, "projects/p-1/topics/nowhere")
     assert sink.deliver(delivery.retry) == Delivery()
     sink.close()
+
+
+SUBSCRIPTION = "projects/p-1/subscriptions/dashboards"
+
+
+def recreate(fake: FakePubSub, sink: PubSubSink, rows: list[Reading]) -> Fault:
+    """Delete the topic, have that noticed, create it again; return what was told."""
+    fake.create_subscription(SUBSCRIPTION, TOPIC)
+    assert sink.deliver(rows[:1]) == Delivery()
+    fake.delete_topic(TOPIC)
+    delivery = sink.deliver(rows[1:])
+    assert delivery.retry == rows[1:]
+    assert delivery.fault is not None
+    assert delivery.fault.kind is FaultKind.HOLD
+    fake.create_topic(TOPIC)
+    return delivery.fault
+
+
+def test_the_remedy_for_a_missing_topic_creates_its_subscriptions_too(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    remedy = recreate(fake, sink, readings(3)).remedy
+    assert "gcloud pubsub topics create readings --project=p-1" in remedy
+    assert "gcloud pubsub subscriptions create SUBSCRIPTION --topic=readings" in remedy
+    assert "--enable-message-ordering" in remedy
+
+
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_topic_that_was_created_again_gets_nothing_until_it_has_a_subscription(
+    fake: FakePubSub, tmp_path: Path, starts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = SinkState.open(tmp_path, "pubsub")
+    rows = readings(30)
+    sink = made(fake, notes=state)
+    recreate(fake, sink, rows)
+    if starts > 1:
+        sink.close()
+        state.close()
+        state = SinkState.open(tmp_path, "pubsub")
+        sink = made(fake, notes=state)
+    for _ in range(2):
+        delivery = sink.deliver(rows[1:])
+        assert delivery.retry == rows[1:]
+        assert delivery.fault is not None
+        assert delivery.fault.kind is FaultKind.HOLD
+        assert "has no subscription" in delivery.fault.problem
+        assert "gcloud pubsub subscriptions create" in delivery.fault.remedy
+        assert fake.topic_count(TOPIC) == 0
+    fake.create_subscription("projects/p-1/subscriptions/again", TOPIC)
+    assert sink.deliver(rows[1:]) == Delivery()
+    assert fake.topic_count(TOPIC) == len(rows) - 1
+    (line,) = [r for r in caplog.records if "created again" in r.message]
+    assert line.levelname == "WARNING"
+    assert line.__dict__["fields"]["first_seq"] == 2
+    assert state.note("topic_missing") == ""
+    assert '"first_seq":"2"' in state.note("topic_created_again")
+    assert sink.deliver(rows) == Delivery(), "and no look is needed any more"
+    sink.close()
+    state.close()
+
+
+def test_where_subscriptions_cannot_be_listed_it_is_told_from_which_reading_on(
+    fake: FakePubSub, sink: PubSubSink, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.publisher_only = True
+    rows = readings(30)
+    recreate(fake, sink, rows)
+    assert sink.deliver(rows[1:]) == Delivery()
+    assert sink.deliver(rows) == Delivery()
+    (line,) = [r for r in caplog.records if "created again" in r.message]
+    assert line.levelname == "ERROR"
+    assert line.__dict__["fields"]["first_seq"] == 2
+    assert "SPOOL_RETENTION_HOURS" in line.message
+
+
+def test_a_look_that_fails_for_the_moment_is_tried_again_and_nothing_is_published(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    rows = readings(30)
+    recreate(fake, sink, rows)
+    fake.create_subscription("projects/p-1/subscriptions/again", TOPIC)
+    for code, kind in (
+        (grpc.StatusCode.UNAVAILABLE, FaultKind.TRANSIENT),
+        (grpc.StatusCode.UNAUTHENTICATED, FaultKind.HOLD),
+    ):
+        fake.faults.abort(code, "planned", calls={"ListTopicSubscriptions"})
+        delivery = sink.deliver(rows[1:])
+        assert delivery.fault is not None
+        assert delivery.fault.kind is kind
+        assert fake.topic_count(TOPIC) == 0
+    assert sink.deliver(rows[1:]) == Delivery()
+
+
+def test_another_topic_is_not_held_for_the_one_that_was_missing(
+    fake: FakePubSub, tmp_path: Path
+) -> None:
+    state = SinkState.open(tmp_path, "pubsub")
+    sink = made(fake, notes=state, PUBSUB_TOPIC="nowhere")
+    assert sink.deliver(readings(1)).fault is not None
+    sink.close()
+    sink = made(fake, notes=state)
+    assert sink.deliver(readings(1)) == Delivery()
+    sink.close()
+    state.close()
+
+
+@pytest.mark.parametrize("name", ["a+b", "a%41b", "a%b", "a~b.c-d_e"])
+def test_the_routing_header_names_any_lawful_topic(fake: FakePubSub, name: str) -> None:
+    topic = f"projects/p-1/topics/{name}"
+    fake.create_topic(topic)
+    sink = made(fake, PUBSUB_TOPIC=name)
+    assert sink.deliver(readings(2)) == Delivery()
+    assert fake.topic_count(topic) == 2
+    fake.delete_topic(topic)
+    assert sink.deliver(readings(1)).fault is not None
+    fake.create_topic(topic)
+    fake.create_subscription(SUBSCRIPTION, topic)
+    assert sink.deliver(readings(1)) == Delivery()
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "warned"),
+    [
+        ({"PUBSUB_EMULATOR_HOST": ""}, ["WARNING"]),
+        ({"PUBSUB_EMULATOR_HOST": "", "PUBSUB_ENDPOINT": "pubsub.googleapis.com:443"}, ["WARNING"]),
+        ({"PUBSUB_EMULATOR_HOST": "", "PUBSUB_ENDPOINT": "europe-west1-pubsub.googleapis.com"}, []),
+        ({}, []),
+    ],
+)
+def test_an_endpoint_that_may_use_several_regions_is_warned_of_once(
+    fake: FakePubSub, variables: dict[str, str], warned: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made(fake, None, **variables)
+    lines = [r.levelname for r in caplog.records if "one region only" in r.message]
+    assert lines == warned
+
+
+def test_many_sites_are_sent_a_few_at_once_and_no_deadline_runs_while_they_wait(
+    fake: FakePubSub, sink: PubSubSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.pubsub, "IN_FLIGHT_MAX", 5)
+    monkeypatch.setattr(forwarder.pubsub, "DEADLINE_S", 1.0)
+    fake.faults.delay(0.2)
+    sites = [f"S{number}" for number in range(60)]
+    began = time.monotonic()
+    assert sink.deliver(readings(120, sites=sites)) == Delivery()
+    assert time.monotonic() - began > 60 / 5 * 0.2
+    assert fake.most_at_once == 5
+    assert fake.requests == 60
+
+
+def test_sites_that_cannot_be_sent_in_time_are_handed_back_without_blame(
+    fake: FakePubSub, sink: PubSubSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder.pubsub, "IN_FLIGHT_MAX", 2)
+    monkeypatch.setattr(forwarder.pubsub, "START_WITHIN_S", 0.3)
+    fake.faults.delay(0.2)
+    rows = readings(12, sites=[f"S{number}" for number in range(12)])
+    delivery = sink.deliver(rows)
+    assert 4 <= len(delivery.retry) <= 8
+    assert (delivery.fault, delivery.faults) == (None, {})
+    while delivery.retry:
+        delivery = sink.deliver(delivery.retry)
+    assert fake.count == 12
+
+
+def test_a_batch_may_be_larger_where_there_are_many_sites(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    few = sink.max_rows
+    assert sink.deliver(readings(8, sites=[f"S{number}" for number in range(8)])) == Delivery()
+    assert sink.max_rows == few
+    sites = [f"S{number}" for number in range(1500)]
+    assert sink.deliver(readings(1500, sites=sites)) == Delivery()
+    assert sink.max_rows == 1500 * 8
+    for _ in range(3):
+        assert sink.deliver(readings(1)) == Delivery()
+    assert sink.max_rows == few
+    assert fake.count == 1511
+
+
+def test_a_site_that_is_refused_is_named_and_the_others_are_delivered(
+    fake: FakePubSub, sink: PubSubSink
+) -> None:
+    fake.faults.refuse_key("S2", grpc.StatusCode.UNAVAILABLE, "not this key")
+    rows = readings(30)
+    delivery = sink.deliver(rows)
+    assert delivery.retry == [row for row in rows if row[4] == "S2"]
+    assert delivery.fault is not None
+    assert delivery.faults == {"S2": delivery.fault}
+    assert sink._connection is not None, "the connection is well"  # noqa: SLF001 - the claim
+
+
+def test_a_refusal_of_the_whole_topic_names_no_site(fake: FakePubSub, sink: PubSubSink) -> None:
+    fake.faults.abort(grpc.StatusCode.PERMISSION_DENIED, times=None)
+    assert sink.deliver(readings(30)).faults == {}
 
 
 def test_a_full_topic_name_of_another_project_is_used_as_it_is(fake: FakePubSub) -> None:
@@ -159,6 +358,7 @@ def test_no_grpc_code_raises_or_loses_a_row(
     assert bool(delivery.dead) == (code.name in {"INVALID_ARGUMENT", "OUT_OF_RANGE"})
     assert all(letter.detail == "planned" for letter in delivery.dead)
     fake.faults.clear()
+    fake.create_subscription(SUBSCRIPTION, TOPIC)  # asked for after NOT_FOUND
     assert sink.deliver(delivery.retry or rows[:1]).retry == []
 
 
@@ -248,13 +448,13 @@ def test_after_a_deadline_the_next_try_begins_with_a_new_connection(
 ) -> None:
     monkeypatch.setattr(forwarder.pubsub, "DEADLINE_S", 0.2)
     assert sink.deliver(readings(1)) == Delivery()
-    first = sink._client  # noqa: SLF001 - the connection is the claim
+    first = sink._connection  # noqa: SLF001 - the connection is the claim
     fake.faults.hang()
     assert len(sink.deliver(readings(1)).retry) == 1
-    assert sink._client is None  # noqa: SLF001
+    assert sink._connection is None  # noqa: SLF001
     monkeypatch.undo()
     assert sink.deliver(readings(1)) == Delivery()
-    assert sink._client is not first  # noqa: SLF001
+    assert sink._connection is not first  # noqa: SLF001
 
 
 def test_a_reading_alone_needs_no_thread(sink: PubSubSink, monkeypatch: pytest.MonkeyPatch) -> None:

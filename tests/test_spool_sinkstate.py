@@ -8,6 +8,8 @@ import pytest
 from sqlite_utils import Database, Migrations
 
 from spool import (
+    Ahead,
+    AheadStep,
     AppendJournal,
     CorruptFileError,
     DeadLetter,
@@ -19,6 +21,7 @@ from spool import (
     SinkFile,
     SinkState,
     StorageFaultError,
+    load_ahead,
     presentable,
     sink_path,
 )
@@ -34,6 +37,15 @@ first_format = Migrations("sink")
 @first_format(name="1")
 def _first(db: Database) -> None:
     _run_script(db, "sink_1.sql", 1)
+
+
+second_format = Migrations("sink")
+second_format(name="1")(_first)
+
+
+@second_format(name="2")
+def _second(db: Database) -> None:
+    _run_script(db, "sink_2.sql", 2)
 
 
 def row(seq: int) -> Reading:
@@ -155,6 +167,40 @@ def test_a_file_of_the_first_format_is_migrated_and_keeps_what_it_has(tmp_path: 
     assert AppendJournal(state).load() == Journal()
     state.close()
     assert look(path, "PRAGMA user_version") == [(SINK_FORMAT,)]
+
+
+def test_a_file_of_format_2_is_migrated_with_all_that_it_holds(tmp_path: Path) -> None:
+    path = sink_path(tmp_path, "pubsub")
+    conn = sqlite3.connect(path, isolation_level=None)
+    migrate(conn, second_format, lambda _: None)
+    conn.close()
+    edit(path, "INSERT INTO cursor VALUES (1, 'an-epoch', 7, 0)")
+    edit(path, "INSERT INTO counter VALUES ('delivered', 7)")
+    state = SinkState.open(tmp_path, "pubsub")
+    assert state.position(EPOCH) == 7
+    assert state.counters() == {"delivered": 7}
+    assert load_ahead(state, EPOCH) is None
+    state.settle(Settlement(EPOCH, 8, 1), AheadStep(20, {"S1": (9, "why")}))
+    state.close()
+    state = SinkState.open(tmp_path, "pubsub")
+    assert load_ahead(state, EPOCH) == Ahead(20, {"S1": (9, "why")}, [])
+    assert load_ahead(state, "another-epoch") is None
+    state.settle(Settlement(EPOCH, 20, 12), AheadStep())
+    assert load_ahead(state, EPOCH) is None
+    state.close()
+    assert look(path, "PRAGMA user_version") == [(SINK_FORMAT,)]
+
+
+def test_a_note_is_kept_and_removed(tmp_path: Path) -> None:
+    state = SinkState.open(tmp_path, "pubsub")
+    assert state.note("topic_missing") == ""
+    state.set_note("topic_missing", "since today")
+    state.close()
+    state = SinkState.open(tmp_path, "pubsub")
+    assert state.note("topic_missing") == "since today"
+    state.set_note("topic_missing", "")
+    assert state.note("topic_missing") == ""
+    state.close()
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

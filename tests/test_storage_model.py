@@ -31,6 +31,7 @@ from forwarder.storage import StorageSink
 from forwarder.writeapi import CallError
 from lifecycle import Watchdog, load_settings
 from spool import (
+    AheadStep,
     AppendJournal,
     Cut,
     DeadLetter,
@@ -316,9 +317,9 @@ class CrashingState(SinkState):
 
     dice: Dice
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
         self.dice.crash()
-        super().settle(settlement)
+        super().settle(settlement, ahead)
         self.dice.crash()
 
 

@@ -45,6 +45,8 @@ class InFlight:
         self._lock = threading.Lock()
         self._calls: defaultdict[tuple[str, str], list[Call]] = defaultdict(list)
         self.violations: list[Violation] = []
+        self.most_at_once = 0
+        self._at_once = 0
 
     def begin(self, topic: str, ordering_key: str, context: grpc.ServicerContext) -> Call:
         """Register a request on its arrival."""
@@ -58,6 +60,8 @@ class InFlight:
             return call
         now = self._clock()
         with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
             calls = self._calls[topic, ordering_key]
             for other in calls:
                 if other.gone_at is None:
@@ -74,6 +78,7 @@ class InFlight:
         if not call.ordering_key:
             return
         with self._lock:
+            self._at_once -= 1
             calls = self._calls[call.topic, call.ordering_key]
             calls.remove(call)
             if not calls:

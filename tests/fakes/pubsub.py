@@ -1,6 +1,6 @@
 """A fake of Google Cloud Pub/Sub: gRPC on a real socket, strict, and fast.
 
-Publisher: Publish, CreateTopic, GetTopic, DeleteTopic. Subscriber:
+Publisher: Publish, CreateTopic, GetTopic, DeleteTopic, ListTopicSubscriptions. Subscriber:
 CreateSubscription, GetSubscription, DeleteSubscription, Pull, Acknowledge,
 ModifyAckDeadline. Requests are parsed with the raw protobuf classes; proto-plus
 would cost more than all the rest together.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
+from urllib.parse import parse_qs
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -36,6 +37,8 @@ _PublishResponse = types.PublishResponse.pb()
 _Topic = types.Topic.pb()
 _GetTopicRequest = types.GetTopicRequest.pb()
 _DeleteTopicRequest = types.DeleteTopicRequest.pb()
+_ListTopicSubscriptionsRequest = types.ListTopicSubscriptionsRequest.pb()
+_ListTopicSubscriptionsResponse = types.ListTopicSubscriptionsResponse.pb()
 _Subscription = types.Subscription.pb()
 _GetSubscriptionRequest = types.GetSubscriptionRequest.pb()
 _DeleteSubscriptionRequest = types.DeleteSubscriptionRequest.pb()
@@ -69,11 +72,21 @@ class PubSubFaults(FaultPlan):
     Attributes:
         poison: a predicate on a message's data. A request with such a message is
             refused as a whole, as a topic with a schema does.
+        keys: faults by ordering key, for every publish request of that key.
     """
 
     def __init__(self) -> None:
         super().__init__("Publish")
         self.poison: Callable[[bytes], bool] | None = None
+        self.keys: dict[str, Abort | Hang] = {}
+
+    def refuse_key(self, key: str, code: grpc.StatusCode, details: str = "") -> None:
+        """Answer every publish request of one ordering key with `code`."""
+        self.keys[key] = Abort(code, details)
+
+    def hang_key(self, key: str) -> None:
+        """Leave every publish request of one ordering key without an answer."""
+        self.keys[key] = Hang()
 
     def abort(
         self,
@@ -88,6 +101,7 @@ class PubSubFaults(FaultPlan):
     def clear(self) -> None:
         """Forget every fault, the poison too, and let go of what hangs."""
         self.poison = None
+        self.keys = {}
         super().clear()
 
 
@@ -103,6 +117,8 @@ class FakePubSub:
 
     def __init__(self, port: int = 0, *, topics: Iterable[str] = (), keep: bool = True) -> None:
         self.port = port
+        self.publisher_only = False
+        """Whether the caller has roles/pubsub.publisher and no right to look."""
         self.faults = PubSubFaults()
         self._keep = keep
         self._store = TopicStore(keep=keep)
@@ -130,6 +146,11 @@ class FakePubSub:
     def violations(self) -> list[Violation]:
         """Each time two requests of one ordering key were in flight at once."""
         return list(self._in_flight.violations)
+
+    @property
+    def most_at_once(self) -> int:
+        """How many publish requests were under way at once, at the most."""
+        return self._in_flight.most_at_once
 
     @property
     def count(self) -> int:
@@ -182,6 +203,10 @@ class FakePubSub:
         """Delete a topic with its messages."""
         self._store.delete_topic(topic)
 
+    def create_subscription(self, name: str, topic: str) -> None:
+        """Create an ordered subscription, named projects/P/subscriptions/S."""
+        self._store.create_subscription(name, topic, ordered=True, ack_deadline_s=10)
+
     def topics(self) -> list[str]:
         """Return the names of all topics."""
         return self._store.topics()
@@ -215,6 +240,7 @@ class FakePubSub:
             "CreateTopic": self._create_topic,
             "GetTopic": self._get_topic,
             "DeleteTopic": self._delete_topic,
+            "ListTopicSubscriptions": self._list_topic_subscriptions,
         }
         subscriber: dict[str, _Handler] = {
             "CreateSubscription": self._create_subscription,
@@ -259,7 +285,9 @@ class FakePubSub:
 
     def _meet_fault(self, call: str, context: grpc.ServicerContext) -> bool:
         """Let the planned fault happen; return True if the answer shall be lost later."""
-        fault = self.faults.take(call)
+        return self._meet(self.faults.take(call), context)
+
+    def _meet(self, fault: object, context: grpc.ServicerContext) -> bool:
         if fault is None:
             return False
         if isinstance(fault, Abort):
@@ -274,10 +302,11 @@ class FakePubSub:
     def _publish(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         request = _PublishRequest.FromString(raw)
         messages = request.messages
-        call = self._in_flight.begin(
-            request.topic, messages[0].ordering_key if messages else "", context
-        )
+        _check_routing(context, request.topic)
+        key = messages[0].ordering_key if messages else ""
+        call = self._in_flight.begin(request.topic, key, context)
         try:
+            self._meet(self.faults.keys.get(key), context)
             lose = self._meet_fault("Publish", context)
             self._store.topic(request.topic)
             key = self._check(messages, len(raw))
@@ -309,6 +338,18 @@ class FakePubSub:
     def _delete_topic(self, raw: bytes, _: grpc.ServicerContext) -> bytes:
         self._store.delete_topic(_DeleteTopicRequest.FromString(raw).topic)
         return _EMPTY
+
+    def _list_topic_subscriptions(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
+        name = _ListTopicSubscriptionsRequest.FromString(raw).topic
+        _check_routing(context, name)
+        if self.publisher_only:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "User not authorized to perform this action.",
+            )
+        self._store.topic(name)
+        found = self._store.subscriptions_of(name)
+        return _on_wire(_ListTopicSubscriptionsResponse(subscriptions=found))
 
     def _create_subscription(self, raw: bytes, _: grpc.ServicerContext) -> bytes:
         request = _Subscription.FromString(raw)
@@ -373,6 +414,20 @@ def _on_wire(message: Message) -> bytes:
 
 def _lost() -> Refusal:
     return Refusal(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+
+def _check_routing(context: grpc.ServicerContext, topic: str) -> None:
+    """Refuse a call that the front ends would route by another name than its own.
+
+    They decode the header's value, so it has to be percent-encoded. A call without the header
+    is taken, as the service does.
+    """
+    sent = dict(context.invocation_metadata()).get("x-goog-request-params")
+    if sent is not None and parse_qs(sent, strict_parsing=True).get("topic") != [topic]:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"The routing header does not name the resource of the request: {sent}",
+        )
 
 
 def _check_name(name: str, collection: str) -> None:

@@ -20,6 +20,8 @@ from tests.fakes.subscriptions import Delivery, Subscription
 _MESSAGE = PubsubMessage.pb()
 # Ids have a fixed width so that an answer's size does not depend on a run's length.
 FIRST_MESSAGE_ID = 10**15
+DELETED_TOPIC = "_deleted-topic_"
+"""What the service shows as the topic of a subscription whose topic was deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,10 @@ class TopicStore:
         with self._changed:
             self.topic(name)
             del self._topics[name]
+            for subscription in self._subscriptions.values():
+                if subscription.topic == name:
+                    # It stays, and a topic that is created again does not get it back.
+                    subscription.topic = DELETED_TOPIC
 
     def topics(self) -> list[str]:
         """Return the names of all topics."""
@@ -154,6 +160,11 @@ class TopicStore:
             return self._subscriptions[name]
         except KeyError:
             raise _not_found(name) from None
+
+    def subscriptions_of(self, topic: str) -> list[str]:
+        """Return the names of the topic's subscriptions."""
+        with self._changed:
+            return [s.name for s in self._subscriptions.values() if s.topic == topic]
 
     def delete_subscription(self, name: str) -> None:
         """Delete the subscription and what waits in it."""

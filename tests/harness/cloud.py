@@ -75,6 +75,11 @@ class Cloud:
         self.bigquery.faults.clear()
         self.write_api.faults.clear()
 
+    def create_topic_again(self) -> None:
+        """Create the topic, and a subscription to it."""
+        self.pubsub.create_topic(TOPIC_PATH)
+        self.pubsub.create_subscription(f"projects/{PROJECT}/subscriptions/again", TOPIC_PATH)
+
     def environment(self) -> dict[str, str]:
         """Return the variables that lead the forwarders here."""
         return {

@@ -15,7 +15,7 @@ from collector import __main__ as collector
 from collector.store import Store
 from forwarder import __main__ as forwarder
 from forwarder.batch import Checked
-from forwarder.drain import Drain
+from forwarder.batch_delivery import BatchDelivery, Failed
 from forwarder.storage import StorageSink
 from lifecycle import leave
 from spool import (
@@ -66,15 +66,15 @@ def _prune_past_the_slowest() -> None:
 
 def _move_the_cursor_first() -> None:
     """The cursor passes rows that no service has confirmed."""
-    deliver = Drain._deliver  # noqa: SLF001 - what is to be broken
+    deliver = BatchDelivery.deliver
 
-    def deliver_late(self: Any, reader: SpoolReader, batch: Checked) -> None:  # noqa: ANN401 - stands for a method
+    def deliver_late(self: Any, reader: SpoolReader, batch: Checked) -> Failed | None:  # noqa: ANN401 - stands for a method
         rows = batch.rows
         self._state.settle(Settlement(reader.epoch, rows[-1][0], len(rows)))
-        self._settle_durably = lambda _: None
-        deliver(self, reader, batch)
+        self.settle_durably = lambda _: None
+        return deliver(self, reader, batch)
 
-    _replace(Drain, "_deliver", deliver_late)
+    _replace(BatchDelivery, "deliver", deliver_late)
 
 
 def _journal_last() -> None:

@@ -20,6 +20,7 @@ SIZES: Mapping[str, int] = {
     "corruption": 21,
     "cloud_faults": 10,
     "mqtt_faults": 10,
+    "many_keys": 14,
     "crash_loops": 5,
     "identity": 12,
     "failed_syncs": 200,
