@@ -109,20 +109,32 @@ class AppendCalls:
         """
         return time.monotonic() - self._changed_at < SCHEMA_SETTLES_S
 
-    def adapt(self, refusal: Refusal) -> None:
-        """After a schema error: look at the table again, and write what it has now.
+    def adapt(self, refusal: Refusal) -> bool:
+        """After the refusal of a whole request: look at the table again; return whether it changed.
 
         Raises:
-            FaultError: It cannot be read, does not fit, or is still the same.
+            FaultError: It cannot be read, does not fit, or the write API does not know it yet.
         """
         self.disconnect()
         if self.columns_changed():
-            return
-        fault = self.fault("append", CallError(refusal.code, refusal.details))
+            return True
         # A new column is in the table at once, and known to the write API minutes later.
-        lagging = refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS"
-        kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
-        raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
+        if refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS":
+            fault = self.fault("append", CallError(refusal.code, refusal.details))
+            raise FaultError(Fault(FaultKind.TRANSIENT, fault.problem))
+        return False
+
+    def refuses_all(self, words: str) -> FaultError:
+        """Return what to raise where the service refuses every row.
+
+        Args:
+            words: The service's.
+        """
+        if self.schema_settles:
+            problem = f"append: every row is refused, and the table has changed: {words}"
+            return FaultError(Fault(FaultKind.TRANSIENT, problem))
+        what = f"append to {self._service.table}"
+        return FaultError(refuses_all(what, words, self._service.look))
 
     def blame_rows(self, append: Append, refusal: Refusal) -> None:
         """Return if the rows that an append was refused for are at fault themselves.
@@ -150,14 +162,17 @@ class AppendCalls:
             )
         self.refusals.buried()
 
-    def create_stream(self) -> str:
+    def create_stream(self, *, trial: bool = False) -> str:
         """Make a stream; return its name.
+
+        Args:
+            trial: One whose rows are looked at, and are never in the table.
 
         Raises:
             FaultError: It cannot be made now.
         """
         try:
-            return self._api.create_stream()
+            return self._api.create_stream(trial=trial)
         except CallError as error:
             self._after(error)
             if error.code == "NOT_FOUND":

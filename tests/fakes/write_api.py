@@ -1,7 +1,7 @@
 """A fake of the BigQuery Storage Write API: gRPC on a real socket, before the REST fake's tables.
 
-CreateWriteStream (COMMITTED only), GetWriteStream, FinalizeWriteStream, AppendRows with protobuf
-rows, the default stream.
+CreateWriteStream (COMMITTED, and PENDING without a commit), GetWriteStream, FinalizeWriteStream,
+AppendRows with protobuf rows, the default stream.
 
 Documented, and enforced: the routing header, the size of a request, stream and writer schema in
 the first request of a connection, offsets, all or none of a request's rows, no offset on the
@@ -240,10 +240,12 @@ class FakeWriteApi:
         return serve
 
     def _create(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
-        if request.write_stream.type_ != WriteStreamMessage.COMMITTED:
-            text = "This fake makes only streams of type COMMITTED."
+        kind = request.write_stream.type_
+        if kind not in {WriteStreamMessage.COMMITTED, WriteStreamMessage.PENDING}:
+            text = "This fake makes only streams of type COMMITTED or PENDING."
             raise StreamError("UNIMPLEMENTED", "", text, request.parent)
-        return stream_message(self.streams.create(request.parent), full=True)
+        pending = kind == WriteStreamMessage.PENDING
+        return stream_message(self.streams.create(request.parent, pending=pending), full=True)
 
     def _get(self, request: Any) -> Any:  # noqa: ANN401 - protobuf's classes
         return stream_message(self.streams.stream(request.name), full=request.view == FULL_VIEW)

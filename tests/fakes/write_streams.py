@@ -41,13 +41,16 @@ class MalformedError(StreamError):
 
 @dataclass(slots=True)
 class WriteStream:
-    """One stream; application-created ones are of type COMMITTED."""
+    """One stream."""
 
     name: str
     table: Table
     row_count: int = 0
     finalized: bool = False
     created_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    pending: bool = False
+    """Whether it is of type PENDING: its rows are in the table once they are committed, and this
+    fake commits none."""
     expired: bool = False
     """Whether it takes no appends any more, and can only be asked for its row count."""
     writers: list[int] = field(default_factory=list)
@@ -59,9 +62,17 @@ class WriteStreams:
 
     Args:
         tables: Where the rows go.
+
+    Attributes:
+        project_numbers: Project ids, each with the number that stands for it in the names of new
+            streams.
+        plain: Whether a stream that takes no appends any more says so by FAILED_PRECONDITION
+            without a StorageError.
     """
 
     def __init__(self, tables: TableStore) -> None:
+        self.project_numbers: dict[str, str] = {}
+        self.plain = False
         self._tables = tables
         self._lock = threading.RLock()
         self._streams: dict[str, WriteStream] = {}
@@ -70,22 +81,24 @@ class WriteStreams:
 
     @property
     def names(self) -> list[str]:
-        """The names of all streams that were ever created and not forgotten."""
+        """The names of the COMMITTED streams that were ever created and not forgotten."""
         with self._lock:
-            return list(self._streams)
+            return [name for name, stream in self._streams.items() if not stream.pending]
 
     @property
     def created(self) -> int:
         """How many streams were created, forgotten ones too."""
         return self._created
 
-    def create(self, parent: str) -> WriteStream:
+    def create(self, parent: str, *, pending: bool = False) -> WriteStream:
         """Create a stream of the table ``projects/P/datasets/D/tables/T``."""
         table = self.table(parent)
         with self._lock:
             self._created += 1
-            name = f"{parent}/streams/S{next(self._numbers)}"
-            stream = self._streams[name] = WriteStream(name, table)
+            _, project, rest = parent.split("/", 2)
+            project = self.project_numbers.get(project, project)
+            name = f"projects/{project}/{rest}/streams/S{next(self._numbers)}"
+            stream = self._streams[name] = WriteStream(name, table, pending=pending)
             return stream
 
     def table(self, path: str) -> Table:
@@ -93,8 +106,10 @@ class WriteStreams:
         parts = path.split("/")
         if len(parts) < 6 or parts[:6:2] != ["projects", "datasets", "tables"]:
             raise MalformedError(f"Invalid resource name: {path}")
+        ids = {number: project for project, number in self.project_numbers.items()}
+        project, dataset, table = parts[1:6:2]
         try:
-            return self._tables.table(".".join(parts[1:6:2]))
+            return self._tables.table(f"{ids.get(project, project)}.{dataset}.{table}")
         except NotFoundError as error:
             text = "Requested entity was not found."
             raise StreamError("NOT_FOUND", "TABLE_NOT_FOUND", text, path) from error
@@ -144,6 +159,8 @@ class WriteStreams:
                     raise MalformedError(text, name)
                 return self.stream(name)
             stream = self.stream(name)
+            if self.plain and (stream.expired or stream.finalized):
+                raise StreamError("FAILED_PRECONDITION", "", "Stream is not open.", name)
             if stream.expired:
                 raise _not_found(name)
             if stream.finalized:
@@ -164,7 +181,8 @@ class WriteStreams:
         """Append rows, all or none; return their offset, or None on the default stream."""
         with self._lock:
             stream = self.open_for_append(name, offset)
-            self._tables.append(stream.table, [None] * count, load)
+            if not stream.pending:
+                self._tables.append(stream.table, [None] * count, load)
             if is_default(name):
                 return None
             end = stream.row_count

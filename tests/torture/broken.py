@@ -100,8 +100,8 @@ def _forget_what_was_read() -> None:
     """The append journal is emptied as soon as a new process has it in its memory."""
     load = AppendJournal.load
 
-    def load_once(self: AppendJournal) -> Journal:
-        journal = load(self)
+    def load_once(self: AppendJournal, epoch: str) -> Journal:
+        journal = load(self, epoch)
         with self._state.transaction("forget the append journal") as conn:
             conn.execute("DELETE FROM append_cut")
         return journal
