@@ -14,6 +14,7 @@ from typing import Any
 from collector import __main__ as collector
 from collector.store import Store
 from forwarder import __main__ as forwarder
+from forwarder.appendstream import AppendStream
 from forwarder.batch import Checked
 from forwarder.drain import Drain
 from forwarder.storage import StorageSink
@@ -137,6 +138,17 @@ OF_THE_SECOND_LIFE: dict[str, Callable[[], None]] = {
 """What does no harm in a first life, whose files are empty: only a power cut during the recovery
 from another one can find it."""
 
+
+def _take_up_an_earlier_stream() -> None:
+    """What an earlier run's stream takes is appended there, as if no other had done so since."""
+    _replace(AppendStream, "is_earlier", property(lambda self: not self.left and not self.name))
+
+
+OF_COPIES: dict[str, Callable[[], None]] = {
+    "earlier stream taken up": _take_up_an_earlier_stream,
+}
+"""What does no harm while there is one machine, and its files are never put back."""
+
 OFTEN = "checkpoints often"
 _OFTEN_PAGES = 20
 
@@ -152,6 +164,6 @@ def _replace(owner: object, name: str, substitute: object) -> None:
 
 
 if __name__ == "__main__":
-    {**MUTATIONS, **OF_THE_SECOND_LIFE, OFTEN: _checkpoint_often}[sys.argv[1]]()
+    {**MUTATIONS, **OF_THE_SECOND_LIFE, **OF_COPIES, OFTEN: _checkpoint_often}[sys.argv[1]]()
     program, *arguments = sys.argv[2:]
     leave(collector.main() if program == "collector" else forwarder.main(arguments))

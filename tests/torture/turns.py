@@ -20,6 +20,7 @@ SIZES: Mapping[str, int] = {
     "corruption": 21,
     "cloud_faults": 10,
     "mqtt_faults": 10,
+    "restores": 16,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 
