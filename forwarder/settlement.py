@@ -77,7 +77,8 @@ def same_table(stream: str, table: str) -> bool:
     """
     project, there = _split(stream.rpartition("/streams/")[0])
     own_project, own = _split(table)
-    return there == own and (project == own_project or project.isdecimal())
+    by_number = project.isdecimal() or own_project.isdecimal()
+    return there == own and (project == own_project or by_number)
 
 
 def _split(table: str) -> tuple[str, str]:
