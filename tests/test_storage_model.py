@@ -72,6 +72,7 @@ class Dice:
         self._random = random.Random(seed)  # noqa: S311 - a test's dice
         self.trouble = self._random.choice([0.02, 0.1, 0.3])
         self.calm = False
+        self.cuts_planned = 0
         self.on_step: Callable[[], None] = lambda: None
 
     def strikes(self, share: float = 1.0) -> bool:
@@ -79,6 +80,13 @@ class Dice:
 
     def below(self, bound: int) -> int:
         return self._random.randrange(bound)
+
+    def cut(self) -> bool:
+        """Return whether the connection breaks now."""
+        if self.cuts_planned and not self.calm:
+            self.cuts_planned -= 1
+            return True
+        return self.strikes(0.5)
 
     def crash(self) -> None:
         """Stand between two steps of the process: here it may end, and its files be copied."""
@@ -285,7 +293,7 @@ class ModelCalls:
 
     def _receive(self) -> Any:  # noqa: ANN401 - an AppendRowsResponse
         self._dice.crash()
-        if self._dice.strikes(0.5):
+        if self._dice.cut():
             self._answers.clear()
             # Some of it was done, the answers are lost; some was never seen; some comes late.
             for append in self.unanswered:
@@ -344,6 +352,7 @@ SETTINGS = load_settings(
 class Image:
     """A copy of a machine's files, as it was between two steps."""
 
+    source: "Machine"
     directory: Path
     rows: list[int]
     cursor: int
@@ -446,6 +455,7 @@ class Machine:
                 source.backup(target)
         cursor = look(directory / "bigquery.db", "SELECT seq FROM cursor")
         return Image(
+            self,
             directory,
             list(self.rows),
             int(str(cursor[0][0])) if cursor else 0,
@@ -495,6 +505,7 @@ class World:
         self.allowed: Counter[int] = Counter()
         """How often a reading may be there once more: it was waiting in a copy of the files."""
         self._numbers = 0
+        self._poisons = bool(self.dice.below(2))
         self._machines = 0
         self._lives = 0
         first = self._new_directory()
@@ -510,7 +521,7 @@ class World:
         """Return the numbers of new readings: some are poisoned, alone or a whole append long."""
         first = self._numbers + 1
         self._numbers += count
-        for start in range(first, first + count, REQUEST_ROWS):
+        for start in range(first, first + count, REQUEST_ROWS) if self._poisons else ():
             part = range(start, min(start + REQUEST_ROWS, first + count))
             whole = not self.dice.below(6)
             self.service.poisoned |= {n for n in part if whole or not self.dice.below(20)}
@@ -527,11 +538,16 @@ class World:
             if machine.live():
                 todo.remove(machine)
             self.dice.on_step = lambda: None
+        if self._images_left and not self.dice.below(3):
+            self._copy(self.running[self.dice.below(len(self.running))])
 
     def _perhaps_copy(self, machine: Machine) -> None:
         if self._images_left and not self.dice.below(self._image_every):
-            self._images_left -= 1
-            self.images.append(machine.copy(self._new_directory()))
+            self._copy(machine)
+
+    def _copy(self, machine: Machine) -> None:
+        self._images_left -= 1
+        self.images.append(machine.copy(self._new_directory()))
 
     def use_an_image(self) -> None:
         """Put a machine back to a copy of its files, or have the copy run as a clone of it."""
@@ -541,9 +557,13 @@ class World:
             old = self.running.pop(self.dice.below(len(self.running)))
             old.close()
             self.gone.append(old)
-        self.running.append(
-            Machine(image.directory, self.service, self.dice, image.rows, image.repeated)
-        )
+        copy = Machine(image.directory, self.service, self.dice, image.rows, image.repeated)
+        self.running.append(copy)
+        # What is most easily confused: as many rows as the other life has put there since, and a
+        # connection that breaks before it has told.
+        since = len(image.source.rows) - len(image.rows)
+        copy.receive(self.readings(since if since and self.dice.below(2) else PORTION))
+        self.dice.cuts_planned = self.dice.below(3)
 
     def finish(self) -> None:
         """Let what is still on its way arrive, and check every machine."""
@@ -579,6 +599,7 @@ def run(seed: int, *, forgets: bool, images: int = 0) -> None:
             world.settle()
             while world.images and world.dice.below(2):
                 world.use_an_image()
+                world.settle()
         world.settle()
         world.finish()
         if not images and not forgets:
