@@ -160,20 +160,32 @@ class AppendCalls:
         """
         return time.monotonic() - self._changed_at < SCHEMA_SETTLES_S
 
-    def adapt(self, refusal: Refusal) -> None:
-        """After a schema error: look at the table again, and write what it has now.
+    def adapt(self, refusal: Refusal) -> bool:
+        """After the refusal of a whole request: look at the table again; return whether it changed.
 
         Raises:
-            FaultError: It cannot be read, does not fit, or is still the same.
+            FaultError: It cannot be read, does not fit, or the write API does not know it yet.
         """
         self.disconnect()
         if self.columns_changed():
-            return
-        fault = self.fault("append", CallError(refusal.code, refusal.details))
+            return True
         # A new column is in the table at once, and known to the write API minutes later.
-        lagging = refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS"
-        kind = FaultKind.TRANSIENT if lagging else FaultKind.HOLD
-        raise FaultError(Fault(kind, fault.problem, "" if lagging else fault.remedy))
+        if refusal.kind == "SCHEMA_MISMATCH_EXTRA_FIELDS":
+            fault = self.fault("append", CallError(refusal.code, refusal.details))
+            raise FaultError(Fault(FaultKind.TRANSIENT, fault.problem))
+        return False
+
+    def refuses_all(self, words: str) -> FaultError:
+        """Return what to raise where the service refuses every row.
+
+        Args:
+            words: The service's.
+        """
+        if self.schema_settles:
+            problem = f"append: every row is refused, and the table has changed: {words}"
+            return FaultError(Fault(FaultKind.TRANSIENT, problem))
+        what = f"append to {self._service.table}"
+        return FaultError(refuses_all(what, words, self._service.show))
 
     def blame_rows(self, append: Append, refusal: Refusal, behind: Iterable[Append] = ()) -> None:
         """Return if the rows that an append was refused for are at fault themselves.
@@ -192,8 +204,7 @@ class AppendCalls:
             return  # that is for the sink to find out
         if len(named) == len(append.rows):
             if self.schema_settles:
-                problem = f"append: every row is refused, and the table has changed: {words}"
-                raise FaultError(Fault(FaultKind.TRANSIENT, problem))
+                raise self.refuses_all(words)
             self.refusals.refused(len(named))
         elif max(named) < len(named):
             # Of those behind them nothing is known: the service does not always name all.
@@ -203,9 +214,7 @@ class AppendCalls:
         if self.refusals.of_all and self._takes_others(append, named, behind):
             self.refusals.accepted()
         if self.refusals.of_all:
-            raise FaultError(
-                refuses_all(f"append to {self._service.table}", words, self._service.show)
-            )
+            raise self.refuses_all(words)
         self.refusals.buried()
 
     def _takes_others(self, append: Append, named: set[int], behind: Iterable[Append]) -> bool:
@@ -219,14 +228,17 @@ class AppendCalls:
             self._encoder, candidates(others, refused)
         )
 
-    def create_stream(self) -> str:
+    def create_stream(self, *, trial: bool = False) -> str:
         """Make a stream; return its name.
+
+        Args:
+            trial: One whose rows are looked at, and are never in the table.
 
         Raises:
             FaultError: It cannot be made now.
         """
         try:
-            return self._api.create_stream()
+            return self._api.create_stream(pending=trial)
         except CallError as error:
             self._after(error)
             if error.code == "NOT_FOUND":

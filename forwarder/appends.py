@@ -5,8 +5,7 @@ documentation advises fewer and larger requests of about a megabyte and more.
 """
 
 import re
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -96,22 +95,6 @@ def repeat_cuts(rows: Sequence[Reading], cuts: Iterable[Cut]) -> tuple[list[Appe
     return appends, list(rows[at:])
 
 
-def moved(appends: Iterable[Append], offset: int) -> "deque[Append]":
-    """Return the appends placed one after the other from ``offset`` on, without empty ones."""
-    placed: deque[Append] = deque()
-    for append in appends:
-        if append.rows:
-            cut = append.cut
-            placed.append(
-                Append(
-                    Cut(offset, cut.first_seq, cut.last_seq, len(append.rows)),
-                    append.rows,
-                )
-            )
-            offset += len(append.rows)
-    return placed
-
-
 def without_too_large(rows: Sequence[Reading]) -> tuple[list[Reading], list[DeadLetter]]:
     """Return the rows that fit into a request, and dead letters of the others."""
     dead = [
@@ -135,7 +118,8 @@ class Meaning(Enum):
     STREAM = "stream"
     """The stream takes no appends any more."""
     SCHEMA = "schema"
-    """The rows' type does not fit the table."""
+    """The request as a whole: the rows' type does not fit the table, or a row that is not named
+    is at fault."""
     FAULT = "fault"
     """The network, the service, or a person: try the same again later."""
 
@@ -177,14 +161,24 @@ _STREAM_ERRORS = frozenset(
 )
 
 
-def refusal_of(answer: Any, cut: Cut | None, *, repeated: bool) -> Refusal | None:  # noqa: ANN401 - an AppendRowsResponse, which has no type
+_STREAM_CODES = frozenset({"NOT_FOUND", "FAILED_PRECONDITION"})
+"""Of a refusal without a StorageError: what the stream's state does not allow. If a new stream is
+refused in the same way, it is something of the table, for a person to look at."""
+
+
+def refusal_of(
+    answer: Any,  # noqa: ANN401 - an AppendRowsResponse, which has no type
+    cut: Cut | None,
+    ends: Container[int] = (),
+) -> Refusal | None:
     """Return why the service did not take an append; None if its rows are in the table.
 
     Args:
         answer: The AppendRowsResponse.
-        cut: What was sent; None on the default stream, which has no offsets.
-        repeated: Whether the same may have been sent before: only then does ALREADY_EXISTS
-            mean that the rows that are there are these.
+        cut: What was sent; None where there are no offsets.
+        ends: At which ends of the stream ALREADY_EXISTS means that the rows that are there are
+            these: the ends of the appends of which this one may have been sent before. Another
+            end proves rows that this journal does not know of.
     """
     if not answer.HasField("error") and not answer.row_errors:
         return _misplaced(answer, cut)
@@ -195,13 +189,12 @@ def refusal_of(answer: Any, cut: Cut | None, *, repeated: bool) -> Refusal | Non
     if answer.row_errors:
         rows = [(int(e.index), str(e.message)) for e in answer.row_errors]
         return Refusal(Meaning.ROWS, code, details, rows)
-    if kind.startswith("OFFSET_") or (not kind and code in {"ALREADY_EXISTS", "OUT_OF_RANGE"}):
-        expected = _expected(details)
-        exists = code == "ALREADY_EXISTS" or kind == "OFFSET_ALREADY_EXISTS"
-        if exists and repeated and cut is not None and (expected < 0 or expected >= cut.end):
-            return None
-        return Refusal(Meaning.OFFSET, code, details, expected=expected)
-    return refusal_of_status(code, details, kind)
+    refusal = refusal_of_status(code, details, kind)
+    exists = code == "ALREADY_EXISTS" or kind == "OFFSET_ALREADY_EXISTS"
+    # An answer that names no end proves nothing: then the stream's length decides.
+    if exists and cut is not None and refusal.expected >= cut.end and refusal.expected in ends:
+        return None
+    return refusal
 
 
 def _misplaced(answer: Any, cut: Cut | None) -> Refusal | None:  # noqa: ANN401 - an AppendRowsResponse, which has no type
@@ -220,8 +213,10 @@ def _misplaced(answer: Any, cut: Cut | None) -> Refusal | None:  # noqa: ANN401 
 
 def refusal_of_status(code: str, details: str, kind: str = "") -> Refusal:
     """Return what the status of a request, or of a whole call, asks for."""
-    if kind in _STREAM_ERRORS or (not kind and code == "NOT_FOUND"):
-        return Refusal(Meaning.STREAM, code, details)
+    if kind.startswith("OFFSET_") or (not kind and code in {"ALREADY_EXISTS", "OUT_OF_RANGE"}):
+        return Refusal(Meaning.OFFSET, code, details, kind=kind, expected=_expected(details))
+    if kind in _STREAM_ERRORS or (not kind and code in _STREAM_CODES):
+        return Refusal(Meaning.STREAM, code, details, kind=kind)
     if kind == "SCHEMA_MISMATCH_EXTRA_FIELDS" or blame_grpc(code) is Blame.ROWS:
         return Refusal(Meaning.SCHEMA, code, details, kind=kind)
     return Refusal(Meaning.FAULT, code, details)

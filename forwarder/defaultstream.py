@@ -25,6 +25,7 @@ from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
 from forwarder.table import GATHER_S
+from forwarder.trial import Trial
 from forwarder.writeapi import CallError
 from lifecycle import Settings
 from spool import Reading, SinkState
@@ -69,7 +70,7 @@ class DefaultStreamSink:
                 self._calls.prepare()
                 delivery.retry, dead = self._calls.out_of_range(delivery.retry)
                 delivery.dead += dead
-                self._append(delivery)
+                self._append(delivery, give_back_at)
                 if delivery.retry and time.monotonic() >= give_back_at:
                     raise FaultError(Fault(FaultKind.TRANSIENT, "append: not finished yet"))
         except FaultError as error:
@@ -79,7 +80,7 @@ class DefaultStreamSink:
                 self._calls.close()
         return delivery
 
-    def _append(self, delivery: Delivery) -> None:
+    def _append(self, delivery: Delivery, give_back_at: float) -> None:
         """Append what is in ``delivery.retry``; what is not confirmed stays there.
 
         Raises:
@@ -89,7 +90,7 @@ class DefaultStreamSink:
         try:
             for append, refusal in self._send(todo):
                 others = [other for other in todo.values() if other is not append]
-                self._after(append, refusal, others, delivery)
+                self._after(append, refusal, others, delivery, give_back_at)
         finally:
             delivery.retry = [row for append in todo.values() for row in append.rows]
 
@@ -102,7 +103,7 @@ class DefaultStreamSink:
             for append, answer in self._calls.send(
                 self._stream, list(todo.values()), with_offsets=False
             ):
-                refusal = refusal_of(answer, None, repeated=False)
+                refusal = refusal_of(answer, None)
                 if refusal is None:
                     del todo[append.cut.offset]
                     self._calls.refusals.accepted()
@@ -113,16 +114,19 @@ class DefaultStreamSink:
             if refused:
                 self._calls.drain()
         except CallError as error:
-            refused.append(
-                (
-                    self._calls.unanswered[0],
-                    refusal_of_status(error.code, error.details, error.kind),
-                )
-            )
+            # A service may end the call after a refusal: then that is the reason.
+            if not refused:
+                refusal = refusal_of_status(error.code, error.details, error.kind)
+                refused.append((self._calls.unanswered[0], refusal))
         return refused
 
     def _after(
-        self, append: Append, refusal: Refusal, others: Sequence[Append], delivery: Delivery
+        self,
+        append: Append,
+        refusal: Refusal,
+        others: Sequence[Append],
+        delivery: Delivery,
+        give_back_at: float,
     ) -> None:
         """Do what a refusal asks for, before another try; raise if that is not to be now."""
         if refusal.meaning is Meaning.ROWS:
@@ -136,7 +140,16 @@ class DefaultStreamSink:
                 raise FaultError(Fault(FaultKind.TRANSIENT, problem))
             delivery.dead += letters
         elif refusal.meaning is Meaning.SCHEMA:
-            self._calls.adapt(refusal)
+            if self._calls.adapt(refusal):
+                return  # the table is another one now
+            letters = Trial(self._calls, give_back_at).guilty(append.rows, refusal)
+            if not letters:
+                # Another stream takes these rows: what is wrong here is not theirs.
+                error = CallError(refusal.code, refusal.details)
+                raise FaultError(self._calls.fault("append", error))
+            delivery.dead += letters
+            gone = {letter.row[0] for letter in letters}
+            append.rows = [row for row in append.rows if row[0] not in gone]
         else:
             if refusal.meaning is Meaning.STREAM:
                 self._calls.columns_changed()  # says what is wrong with the table, if it is

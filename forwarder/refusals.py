@@ -80,6 +80,11 @@ class RefusalRun:
         self._now = 0
 
     @property
+    def holds(self) -> bool:
+        """Whether a service that refuses every row is a reason to hold, as REFUSED_POLICY says."""
+        return self._hold
+
+    @property
     def enough(self) -> bool:
         """Whether this delivery has tried so many that more would tell nothing new."""
         return self._hold and self._now > max(self._limit, self._depth)

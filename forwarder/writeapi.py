@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from forwarder.access import cannot_build, find_credentials, why_no_token
-from forwarder.faults import FaultError
+from forwarder.faults import PLUGIN_FAILURE, FaultError
 from forwarder.sink import Fault, FaultKind
 from lifecycle import Settings
 
@@ -73,13 +73,15 @@ class CallError(Exception):
         code: The gRPC status by name.
         details: The service's words.
         kind: The name of the StorageError's code, if the status carries one.
+        connected: Whether there may have been a connection; without one nothing was sent.
     """
 
-    def __init__(self, code: str, details: str, kind: str = "") -> None:
+    def __init__(self, code: str, details: str, kind: str = "", *, connected: bool = True) -> None:
         super().__init__(f"{code}: {details}")
         self.code = code
         self.details = details
         self.kind = kind
+        self.connected = connected
 
 
 class WriteApi:
@@ -273,7 +275,30 @@ def _call_error(error: grpc.RpcError) -> CallError:
         if key == STATUS_DETAILS and isinstance(value, bytes):
             with contextlib.suppress(DecodeError):
                 kind = storage_error(status_pb2.Status.FromString(value))
-    return CallError(error.code().name, error.details() or "", kind)
+    code, details = error.code().name, error.details() or ""
+    return CallError(code, details, kind, connected=not _never_connected(error, details))
+
+
+_NOT_CONNECTED = (
+    "failed to connect to all addresses",
+    "errors resolving",
+    "DNS resolution failed",
+    PLUGIN_FAILURE,
+)
+"""The words of gRPC's core, and of its Python part for a call that had no access token, about a
+call that had no connection to send anything over."""
+
+
+def _never_connected(error: grpc.RpcError, details: str) -> bool:
+    """Return whether the call ended before it had a connection.
+
+    A service may say the same of services behind it, but sends metadata with it as a rule.
+    """
+    return (
+        error.code() is grpc.StatusCode.UNAVAILABLE
+        and details.startswith(_NOT_CONNECTED)
+        and not error.trailing_metadata()
+    )
 
 
 def routing(parameter: str, value: str) -> tuple[str, str]:

@@ -40,7 +40,8 @@ class Journal:
     stream: str = ""
     """The stream's name; empty if there is none."""
     next_offset: int = 0
-    """Behind the last cut."""
+    """Behind the last cut that was ever made for this stream: it never goes back, because an
+    offset is assigned to one row and to no other."""
     epoch: str = ""
     """Of the spool that the cuts are of; empty if there are none."""
     cuts: list[Cut] = field(default_factory=list)
@@ -62,24 +63,27 @@ class AppendJournal:
     def __init__(self, state: "SinkState") -> None:
         self._state = state
 
-    def load(self) -> Journal:
-        """Return what is journalled, as the last process left it."""
+    def load(self, epoch: str) -> Journal:
+        """Return what is journalled, as the last process left it.
+
+        Args:
+            epoch: Of the spool whose rows were left out.
+        """
         journal = Journal()
         with self._state.transaction("read the append journal") as conn:
             row = conn.execute("SELECT name, next_offset FROM append_stream").fetchone()
             if row:
                 journal.stream, journal.next_offset = str(row[0]), int(row[1])
-            for epoch, *cut in conn.execute(
+            for found, *cut in conn.execute(
                 "SELECT epoch, start_offset, first_seq, last_seq, row_count FROM append_cut "
                 "ORDER BY start_offset"
             ):
-                journal.epoch = epoch
+                journal.epoch = found
                 journal.cuts.append(Cut(*cut))
-            for epoch, seq, reason, detail in conn.execute(
-                "SELECT epoch, seq, reason, detail FROM append_left_out"
+            for seq, reason, detail in conn.execute(
+                "SELECT seq, reason, detail FROM append_left_out WHERE epoch = ?", (epoch,)
             ):
-                if epoch == journal.epoch:
-                    journal.left_out[seq] = (reason, detail)
+                journal.left_out[seq] = (reason, detail)
         return journal
 
     def begin_stream(self, name: str, possibly_repeated: int = 0) -> None:
@@ -105,28 +109,43 @@ class AppendJournal:
                     (POSSIBLY_REPEATED, possibly_repeated),
                 )
 
-    def add(self, epoch: str, cuts: Iterable[Cut]) -> None:
-        """Note cuts that follow those that are there; durable when this returns."""
-        with self._state.transaction("write the append journal") as conn:
-            _insert(conn, epoch, cuts)
-
-    def recut(
+    def add(
         self,
         epoch: str,
-        from_offset: int,
         cuts: Iterable[Cut],
-        left_out: Mapping[int, tuple[str, str]],
+        left_out: Mapping[int, tuple[str, str]] | None = None,
     ) -> None:
-        """Replace the cuts from ``from_offset`` on, and note the rows that are left out of them."""
-        with self._state.transaction("rewrite the append journal") as conn:
-            conn.execute("DELETE FROM append_cut WHERE start_offset >= ?", (from_offset,))
-            conn.execute("UPDATE append_stream SET next_offset = ?", (from_offset,))
-            conn.executemany(
-                "INSERT INTO append_left_out (epoch, seq, reason, detail) VALUES (?,?,?,?) "
-                "ON CONFLICT (epoch, seq) DO NOTHING",
-                [(epoch, seq, reason, detail) for seq, (reason, detail) in left_out.items()],
-            )
+        """Note cuts that follow those that are there; durable when this returns.
+
+        Args:
+            epoch: Of the spool.
+            cuts: In the order of offset and seq.
+            left_out: By seq: reason and detail of rows among them that are not sent.
+        """
+        with self._state.transaction("write the append journal") as conn:
+            if left_out:
+                _leave_out(conn, epoch, left_out)
             _insert(conn, epoch, cuts)
+
+    def leave_out(self, epoch: str, left_out: Mapping[int, tuple[str, str]]) -> None:
+        """Note rows that the service refuses, before the others are cut again without them.
+
+        Args:
+            epoch: Of the spool.
+            left_out: By seq: reason and detail.
+        """
+        with self._state.transaction("note refused rows in the append journal") as conn:
+            _leave_out(conn, epoch, left_out)
+
+
+def _leave_out(
+    conn: sqlite3.Connection, epoch: str, left_out: Mapping[int, tuple[str, str]]
+) -> None:
+    conn.executemany(
+        "INSERT INTO append_left_out (epoch, seq, reason, detail) VALUES (?,?,?,?) "
+        "ON CONFLICT (epoch, seq) DO NOTHING",
+        [(epoch, seq, reason, detail) for seq, (reason, detail) in left_out.items()],
+    )
 
 
 def _insert(conn: sqlite3.Connection, epoch: str, cuts: Iterable[Cut]) -> None:

@@ -92,10 +92,43 @@ def test_no_stream_without_a_table(api: Api) -> None:
     assert kind_of(caught.value) == "TABLE_NOT_FOUND"
 
 
-@pytest.mark.parametrize("kind", ["BUFFERED"])
-def test_other_types_of_streams_are_refused_plainly(api: Api, kind: str) -> None:
+def test_other_types_of_streams_are_refused_plainly(api: Api) -> None:
     with pytest.raises(exceptions.MethodNotImplemented, match="only streams of type COMMITTED"):
-        api.create(kind=kind)
+        api.create(kind="BUFFERED")
+
+
+def test_the_rows_of_a_pending_stream_are_looked_at_and_in_no_table(api: Api) -> None:
+    made = api.create(kind="PENDING")
+    assert made.type_ == types.WriteStream.Type.PENDING
+    assert "commit_time" not in made
+    api.fake.faults.poison = lambda row: row["name"] == "b"
+    call = api.open(made.name)
+    assert "append_result" in call.append([reading("a")], 0)
+    assert [error.index for error in call.append([reading("b")], 1).row_errors] == [0]
+    assert api.finalize(made.name) == 1
+    assert api.names() == []
+    assert made.name not in api.fake.streams.names
+
+
+def test_names_may_come_back_with_the_projects_number(api: Api) -> None:
+    api.fake.streams.project_numbers["p"] = "4711"
+    made = api.create()
+    assert made.name.startswith("projects/4711/datasets/d/tables/readings/streams/")
+    assert "append_result" in api.open(made.name).append([reading("a")], 0)
+    assert (api.finalize(made.name), api.names()) == (1, ["a"])
+
+
+@pytest.mark.parametrize("end", ["finalized", "expired"])
+def test_the_end_of_a_stream_may_be_told_without_a_storage_error(api: Api, end: str) -> None:
+    api.fake.streams.plain = True
+    if end == "finalized":
+        api.finalize(api.stream)
+    else:
+        api.fake.streams.forget(api.stream, countable=True)
+    api.fake.ending = set()
+    code, kind, _ = error_of(api.open().append([reading("a")], 0))
+    assert (code, kind) == ("FAILED_PRECONDITION", "")
+    assert api.finalize(api.stream) == 0
 
 
 def test_only_the_full_view_of_a_stream_has_the_schema(api: Api) -> None:

@@ -180,6 +180,37 @@ def test_poison_is_named_by_its_rows_or_only_the_first_of_them(api: Api) -> None
     assert api.names() == list("abcd")
 
 
+@pytest.mark.parametrize("in_stream", [True, False])
+def test_poison_may_be_refused_without_a_name(api: Api, *, in_stream: bool) -> None:
+    api.fake.ending = set() if in_stream else {""}
+    api.fake.faults.poison = lambda row: row["name"] == "b"
+    api.fake.faults.unnamed = True
+    call = api.open()
+    if in_stream:
+        answer = call.append([reading("a"), reading("b")], 0)
+        assert error_of(answer)[:2] == ("INVALID_ARGUMENT", "")
+        assert not answer.row_errors
+    else:
+        with pytest.raises(exceptions.InvalidArgument):
+            call.append([reading("a"), reading("b")], 0)
+    assert api.names() == []
+    assert "append_result" in api.open().append([reading("a")], 0)
+
+
+@pytest.mark.parametrize("end", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OK])
+def test_a_call_may_end_behind_the_answer_that_names_bad_rows(
+    api: Api, end: grpc.StatusCode
+) -> None:
+    api.fake.faults.poison = lambda row: row["name"] == "b"
+    api.fake.faults.end_after_row_errors = end
+    call = api.open()
+    assert [error.index for error in call.append([reading("b")], 0).row_errors] == [0]
+    with pytest.raises((exceptions.InvalidArgument, StopIteration)):
+        call.append([reading("a")], 0)
+    assert api.names() == []
+    assert "append_result" in api.open().append([reading("a")], 0)
+
+
 def test_the_hooks_are_called_before_and_after_the_rows_are_there(api: Api) -> None:
     seen: list[tuple[str, str, int, int]] = []
 

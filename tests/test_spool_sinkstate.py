@@ -164,7 +164,7 @@ def test_a_file_of_the_first_format_is_migrated_and_keeps_what_it_has(tmp_path: 
     edit(path, "INSERT INTO cursor VALUES (1, 'an-epoch', 7, 0)")
     state = SinkState.open(tmp_path, "bigquery")
     assert state.position(EPOCH) == 7
-    assert AppendJournal(state).load() == Journal()
+    assert AppendJournal(state).load(EPOCH) == Journal()
     state.close()
     assert look(path, "PRAGMA user_version") == [(SINK_FORMAT,)]
 

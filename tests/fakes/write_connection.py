@@ -83,6 +83,7 @@ class Connection:
         self._descriptor = b""
         self._columns: tuple[Column, ...] = ()
         self._appends_since_change = 0
+        self._ends_with: grpc.StatusCode | None = None
         self._events: queue.SimpleQueue[_Arrival | _Event] = queue.SimpleQueue()
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -129,11 +130,19 @@ class Connection:
                 if waiting and waiting[-1].due == _NEVER:
                     end_call(self._context, cut_off("The fake let go of an answer.").status)
             elif more:
-                answer = self._meet_fault(event)
-                if waiting:
-                    answer.due = max(answer.due, waiting[-1].due)
-                waiting.append(answer)
-                more = isinstance(answer.content, bytes)
+                more = self._queue(self._meet_fault(event), waiting)
+
+    def _queue(self, answer: _Answer, waiting: deque[_Answer]) -> bool:
+        """Put an answer behind those that wait; return whether the call goes on after it."""
+        if waiting:
+            answer.due = max(answer.due, waiting[-1].due)
+        waiting.append(answer)
+        if self._ends_with is None:
+            return isinstance(answer.content, bytes)
+        if self._ends_with is not grpc.StatusCode.OK:
+            end = status_message(self._ends_with.name, "Errors found while processing rows.")
+            waiting.append(_Answer(answer.due, EndOfCallError(end)))
+        return False
 
     def _sent(self, content: bytes | EndOfCallError) -> bytes:
         self.answered += 1
@@ -229,7 +238,10 @@ class Connection:
         rows = list(request.proto_rows.rows.serialized_rows)
         reader = self._reader(stream)
         errors = self._errors(reader, rows, stream.table) if api.strict else []
+        if errors and api.faults.unnamed:
+            raise StreamError("INVALID_ARGUMENT", "", "The request cannot be processed.", name)
         if errors:
+            self._ends_with = api.faults.end_after_row_errors
             return row_errors_answer(name, errors)
         there = api.streams.append(name, offset, len(rows), lambda: reader.rows(rows))
         if not stream.pending:

@@ -62,6 +62,9 @@ class WriteFaults(FaultPlan):
         poison: a predicate on a row. An append with such a row is refused, unless the fake is
             not strict.
         incomplete: whether only the first bad row of an append is named.
+        unnamed: whether an append with bad rows is refused as a whole, without naming them.
+        end_after_row_errors: with which status the call ends behind an answer that names bad
+            rows; None lets it go on, OK ends it without an error.
         before_append: called with stream and offset (-1: none) before an append is carried out.
         after_append: called with stream and offset (-1: none) after it was, before the answer.
     """
@@ -70,6 +73,8 @@ class WriteFaults(FaultPlan):
         super().__init__("AppendRows")
         self.poison: Callable[[Row], bool] | None = None
         self.incomplete = False
+        self.unnamed = False
+        self.end_after_row_errors: grpc.StatusCode | None = None
         self.before_append: Callable[[str, int], None] = lambda *_: None
         self.after_append: Callable[[str, int], None] = lambda *_: None
         self._released: set[Callable[[], None]] = set()
@@ -128,7 +133,8 @@ class WriteFaults(FaultPlan):
     def clear(self) -> None:
         """Forget every fault, the poison and the hooks too, and let go of what hangs."""
         self.poison = None
-        self.incomplete = False
+        self.incomplete = self.unnamed = False
+        self.end_after_row_errors = None
         self.before_append = self.after_append = lambda *_: None
         super().clear()
 

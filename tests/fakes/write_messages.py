@@ -45,13 +45,12 @@ def schema_message(table: Table) -> Any:  # noqa: ANN401 - protobuf's class
 
 def stream_message(stream: WriteStream, *, full: bool) -> Any:  # noqa: ANN401 - protobuf's class
     """Return a stream as a WriteStream; only the full view has the table's schema."""
-    shown = WriteStreamMessage(
-        name=stream.name,
-        type_=WriteStreamMessage.PENDING if stream.pending else WriteStreamMessage.COMMITTED,
-    )
+    kind = WriteStreamMessage.PENDING if stream.pending else WriteStreamMessage.COMMITTED
+    shown = WriteStreamMessage(name=stream.name, type_=kind)
     shown.write_mode = WriteStreamMessage.INSERT
     shown.create_time.FromMilliseconds(stream.created_ms)
-    shown.commit_time.CopyFrom(shown.create_time)
+    if not stream.pending:
+        shown.commit_time.CopyFrom(shown.create_time)
     if full:
         shown.table_schema.CopyFrom(schema_message(stream.table))
     return shown

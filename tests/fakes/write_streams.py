@@ -61,9 +61,17 @@ class WriteStreams:
 
     Args:
         tables: Where the rows go.
+
+    Attributes:
+        project_numbers: Project ids, each with the number that stands for it in the names of new
+            streams.
+        plain: Whether a stream that takes no appends any more says so by FAILED_PRECONDITION
+            without a StorageError.
     """
 
     def __init__(self, tables: TableStore) -> None:
+        self.project_numbers: dict[str, str] = {}
+        self.plain = False
         self._tables = tables
         self._lock = threading.RLock()
         self._streams: dict[str, WriteStream] = {}
@@ -72,7 +80,7 @@ class WriteStreams:
 
     @property
     def names(self) -> list[str]:
-        """The names of all COMMITTED streams that were ever created and not forgotten."""
+        """The names of the COMMITTED streams that were ever created and not forgotten."""
         with self._lock:
             return [name for name, stream in self._streams.items() if not stream.pending]
 
@@ -86,8 +94,11 @@ class WriteStreams:
         table = self.table(parent)
         with self._lock:
             self._created += not pending
-            name = f"{parent}/streams/{'P' if pending else 'S'}{next(self._numbers)}"
-            stream = self._streams[name] = WriteStream(name, table, pending)
+            _, project, rest = parent.split("/", 2)
+            project = self.project_numbers.get(project, project)
+            number = f"{'P' if pending else 'S'}{next(self._numbers)}"
+            name = f"projects/{project}/{rest}/streams/{number}"
+            stream = self._streams[name] = WriteStream(name, table, pending=pending)
             return stream
 
     def table(self, path: str) -> Table:
@@ -95,8 +106,10 @@ class WriteStreams:
         parts = path.split("/")
         if len(parts) < 6 or parts[:6:2] != ["projects", "datasets", "tables"]:
             raise MalformedError(f"Invalid resource name: {path}")
+        ids = {number: project for project, number in self.project_numbers.items()}
+        project, dataset, table = parts[1:6:2]
         try:
-            return self._tables.writable(".".join(parts[1:6:2]))
+            return self._tables.writable(f"{ids.get(project, project)}.{dataset}.{table}")
         except NotFoundError as error:
             text = "Requested entity was not found."
             raise StreamError("NOT_FOUND", "TABLE_NOT_FOUND", text, path) from error
@@ -146,6 +159,8 @@ class WriteStreams:
                     raise MalformedError(text, name)
                 return self.stream(name)
             stream = self.stream(name)
+            if self.plain and (stream.expired or stream.finalized):
+                raise StreamError("FAILED_PRECONDITION", "", "Stream is not open.", name)
             if stream.expired:
                 raise _not_found(name)
             if stream.finalized:

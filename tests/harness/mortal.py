@@ -28,8 +28,8 @@ POINTS: dict[str, tuple[type, str, bool]] = {
     "after the cursor": (SinkState, "settle", True),
     "after a stream was made": (WriteApi, "create_stream", True),
     "after a stream was noted": (AppendJournal, "begin_stream", True),
-    "before rows are left out": (AppendJournal, "recut", False),
-    "after rows were left out": (AppendJournal, "recut", True),
+    "before rows are left out": (AppendJournal, "leave_out", False),
+    "after rows were left out": (AppendJournal, "leave_out", True),
     "after a stream was finalized": (WriteApi, "finalize_stream", True),
 }
 

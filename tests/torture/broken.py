@@ -14,6 +14,7 @@ from typing import Any
 from collector import __main__ as collector
 from collector.store import Store
 from forwarder import __main__ as forwarder
+from forwarder.appendstream import AppendStream
 from forwarder.batch import Checked
 from forwarder.batch_delivery import BatchDelivery, Failed
 from forwarder.storage import StorageSink
@@ -100,8 +101,8 @@ def _forget_what_was_read() -> None:
     """The append journal is emptied as soon as a new process has it in its memory."""
     load = AppendJournal.load
 
-    def load_once(self: AppendJournal) -> Journal:
-        journal = load(self)
+    def load_once(self: AppendJournal, epoch: str) -> Journal:
+        journal = load(self, epoch)
         with self._state.transaction("forget the append journal") as conn:
             conn.execute("DELETE FROM append_cut")
         return journal
@@ -147,6 +148,17 @@ OF_A_FAILED_SYNC: dict[str, Callable[[], None]] = {
 }
 """What only a sync that failed can show."""
 
+
+def _take_up_an_earlier_stream() -> None:
+    """What an earlier run's stream takes is appended there, as if no other had done so since."""
+    _replace(AppendStream, "is_earlier", property(lambda self: not self.left and not self.name))
+
+
+OF_COPIES: dict[str, Callable[[], None]] = {
+    "earlier stream taken up": _take_up_an_earlier_stream,
+}
+"""What does no harm while there is one machine, and its files are never put back."""
+
 OFTEN = "checkpoints often"
 _OFTEN_PAGES = 20
 
@@ -162,7 +174,7 @@ def _replace(owner: object, name: str, substitute: object) -> None:
 
 
 if __name__ == "__main__":
-    changes = {**MUTATIONS, **OF_THE_SECOND_LIFE, **OF_A_FAILED_SYNC, OFTEN: _checkpoint_often}
-    changes[sys.argv[1]]()
+    changes = MUTATIONS | OF_THE_SECOND_LIFE | OF_A_FAILED_SYNC | OF_COPIES
+    {**changes, OFTEN: _checkpoint_often}[sys.argv[1]]()
     program, *arguments = sys.argv[2:]
     leave(collector.main() if program == "collector" else forwarder.main(arguments))

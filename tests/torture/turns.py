@@ -29,6 +29,7 @@ SIZES: Mapping[str, int] = {
     "garbage": 4,
     "tmpdir": 12,
     "poison": 10,
+    "restores": 16,
 }
 """Each part and the size of one turn; each is a module here with ``run(size, seed)``.
 

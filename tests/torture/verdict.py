@@ -81,7 +81,7 @@ def _sink(directory: Path, name: str, epoch: str, found: list[Violation]) -> _Si
         known = state.known_epoch()
         if known not in {"", epoch}:
             found.append(Violation(Wrong.AHEAD, f"{name}: of epoch {known}, the spool is {epoch}"))
-        journal = AppendJournal(state).load()
+        journal = AppendJournal(state).load(epoch)
         return _Sink(name, state.position(epoch), state.counters(), journal)
 
 
