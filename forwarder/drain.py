@@ -62,7 +62,7 @@ class Drain:
         max_rate: MAX_DRAIN_RATE, rows per second; 0 for no limit.
         stop: When to end.
         watchdog: Told at each turn.
-        log_hold: Watches the write-ahead log of the sink's file; none, and nobody does.
+        log_hold: Watches the write-ahead log of the sink's file; None for none.
         jitter: Returns a number from 0 to 1.
         clock: Seconds, monotonic.
     """

@@ -1,4 +1,4 @@
-"""Which readings a partitioned table cannot take, known before they are sent. Talks to nobody.
+"""Which readings a partitioned table cannot take, known before they are sent. Does no I/O.
 
 A sensor with a dead clock stamps its readings 1970. The service refuses such a row each time, so
 the row itself is at fault: it becomes a dead letter, and is never sent.

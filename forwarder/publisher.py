@@ -28,7 +28,7 @@ CHANNEL_OPTIONS = (
 )
 EMULATOR_OPTIONS = (
     *CHANNEL_OPTIONS,
-    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
+    # It is on this machine or near it, without TLS: HTTPS_PROXY is not for it.
     ("grpc.enable_http_proxy", 0),
 )
 LIST_METHOD = "/google.pubsub.v1.Publisher/ListTopicSubscriptions"

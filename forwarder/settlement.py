@@ -1,4 +1,4 @@
-"""What a write stream's length tells about the appends that were journalled. Talks to nobody.
+"""What a write stream's length tells about the appends that were journalled. Does no I/O.
 
 An offset of a stream is assigned to one row and to no other, by the run of the forwarder that made
 the stream; each assignment is in the journal before it is used. So a stream that is longer than
@@ -63,7 +63,7 @@ def _plausible(journal: Journal, there: int) -> bool:
 def _more(rows: Sequence[Reading], cut: Cut) -> bool:
     """Return whether there are more rows than when the cut was made.
 
-    One failed its checksum then, and reads well now: nobody can tell which are there.
+    One failed its checksum then, and reads well now: it is not known which are there.
     """
     return sum(1 for row in rows if cut.first_seq <= row[0] <= cut.last_seq) > cut.rows
 

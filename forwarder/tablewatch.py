@@ -169,7 +169,7 @@ class TableWatch:
         """Return the commands that load a range of the spool's readings into the table.
 
         Args:
-            state: The sink's file, beside the spool.
+            state: The sink's file, in SPOOL_DIR.
             first_seq: The first one.
             last_seq: The last one.
         """
@@ -204,7 +204,7 @@ def _decoded(text: str, kind: type[_T]) -> _T | None:
     try:
         return msgspec.json.decode(text, type=kind) if text else None
     except msgspec.DecodeError:
-        return None  # of a later release; it is written anew
+        return None  # of a later release; it is written again
 
 
 def _time(microseconds: int) -> str:

@@ -44,7 +44,7 @@ CHANNEL_OPTIONS = (
 )
 EMULATOR_OPTIONS = (
     *CHANNEL_OPTIONS,
-    # It stands on this machine or beside it, without TLS: HTTPS_PROXY is not for it.
+    # It is on this machine or near it, without TLS: HTTPS_PROXY is not for it.
     ("grpc.enable_http_proxy", 0),
 )
 STATUS_DETAILS = "grpc-status-details-bin"

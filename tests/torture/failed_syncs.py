@@ -128,7 +128,7 @@ def _live_with_a_failed_sync(
     program = rig.programs[name]
     sink = name.removeprefix("forwarder-")
     program.start()
-    # Its files are not looked into: whoever has them open keeps SQLite's index of the log.
+    # Its files are not looked into: a process that has them open keeps SQLite's index of the log.
     wait_until(
         lambda: (
             _AT_FAULT in program.log_text
