@@ -9,7 +9,7 @@ nothing can be checked, delivery goes on, and an ERROR line says from which read
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -33,11 +33,11 @@ NOT_CHECKABLE = frozenset({"PERMISSION_DENIED", "UNIMPLEMENTED"})
 class Notes(Protocol):
     """Where to remember things across restarts; :class:`spool.SinkState` is one."""
 
-    def note(self, key: str) -> str:
-        """Return what was noted under ``key``; empty if nothing is."""
+    def remembered(self, key: str) -> str:
+        """Return what was stored under ``key``; empty if nothing was."""
 
-    def set_note(self, key: str, value: str) -> None:
-        """Note ``value``, durably; an empty one removes the note."""
+    def remember(self, values: Mapping[str, str]) -> None:
+        """Store texts by their keys, durably, all or none."""
 
 
 class RecreatedTopic:
@@ -58,7 +58,7 @@ class RecreatedTopic:
         self._subscriptions: list[str] | None = None
 
     def _noted(self, notes: Notes) -> bool:
-        return f'"{self._topic}"' in notes.note(MISSING)
+        return f'"{self._topic}"' in notes.remembered(MISSING)
 
     def seen_missing(self) -> None:
         """The service says that there is no such topic."""
@@ -113,7 +113,7 @@ class RecreatedTopic:
         self._note(CREATED_AGAIN, first_seq)
         if self._notes is not None:
             with contextlib.suppress(SpoolError):
-                self._notes.set_note(MISSING, "")
+                self._notes.remember({MISSING: ""})
         self._remembered = False
 
     def _note(self, key: str, first_seq: int = 0) -> bool:
@@ -124,7 +124,7 @@ class RecreatedTopic:
             value["subscriptions"] = ", ".join(self._subscriptions or ["not known"])
         try:
             if self._notes is not None:
-                self._notes.set_note(key, msgspec.json.encode(value).decode())
+                self._notes.remember({key: msgspec.json.encode(value).decode()})
         except SpoolError as error:
             # This process still knows it; a full disk must not end the delivery.
             log.warning("cannot note what became of the topic: %s", error)

@@ -229,26 +229,6 @@ class SinkState:
                 (state, detail, time.time_ns() // 1000),
             )
 
-    def note(self, key: str) -> str:
-        """Return what was noted under ``key``; empty if nothing is."""
-        try:
-            row = self._conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            raise translated(error, f"read the note {key}", self.path) from error
-        return str(row[0]) if row else ""
-
-    def set_note(self, key: str, value: str) -> None:
-        """Note ``value`` under ``key``, durably; an empty one removes the note."""
-        with self.transaction(f"write the note {key}") as conn:
-            if value:
-                conn.execute(
-                    "INSERT INTO meta (key, value) VALUES (?, ?) "
-                    "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                    (key, value),
-                )
-            else:
-                conn.execute("DELETE FROM meta WHERE key = ?", (key,))
-
     def return_space(self) -> None:
         """Hand the free pages back to the file system.
 

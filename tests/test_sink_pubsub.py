@@ -190,8 +190,8 @@ def test_a_topic_that_was_created_again_gets_nothing_until_it_has_a_subscription
     (line,) = [r for r in caplog.records if "created again" in r.message]
     assert line.levelname == "WARNING"
     assert line.__dict__["fields"]["first_seq"] == 2
-    assert state.note("topic_missing") == ""
-    assert '"first_seq":"2"' in state.note("topic_created_again")
+    assert state.remembered("topic_missing") == ""
+    assert '"first_seq":"2"' in state.remembered("topic_created_again")
     assert sink.deliver(rows) == Delivery(), "and no look is needed any more"
     sink.close()
     state.close()

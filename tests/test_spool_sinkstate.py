@@ -193,13 +193,13 @@ def test_a_file_of_format_2_is_migrated_with_all_that_it_holds(tmp_path: Path) -
 
 def test_a_note_is_kept_and_removed(tmp_path: Path) -> None:
     state = SinkState.open(tmp_path, "pubsub")
-    assert state.note("topic_missing") == ""
-    state.set_note("topic_missing", "since today")
+    assert state.remembered("topic_missing") == ""
+    state.remember({"topic_missing": "since today"})
     state.close()
     state = SinkState.open(tmp_path, "pubsub")
-    assert state.note("topic_missing") == "since today"
-    state.set_note("topic_missing", "")
-    assert state.note("topic_missing") == ""
+    assert state.remembered("topic_missing") == "since today"
+    state.remember({"topic_missing": ""})
+    assert state.remembered("topic_missing") == ""
     state.close()
 
 
