@@ -14,12 +14,13 @@ In an outage every site is held. Then what is read on, one batch after each back
 find sites that are not; it is forgotten when the service takes readings again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from forwarder import heldlog
-from forwarder.batch import Batch, check, gap_reason
-from forwarder.held import HeldSites
+from forwarder.batch import Batch, Checked, check, gap_reason
+from forwarder.hands import Hands
+from forwarder.held import HeldSite, HeldSites
 from forwarder.sink import Delivery, Fault, FaultKind, Sink
 from lifecycle import printable
 from spool import (
@@ -42,33 +43,6 @@ POLL_S = 0.018
 """How often to look for new readings where they are not announced."""
 
 _NOTHING_TAKEN = Fault(FaultKind.TRANSIENT, "nothing was taken")
-
-
-@dataclass(frozen=True)
-class Hands:
-    """What the drain loop does for this module.
-
-    Attributes:
-        settle: Writes a settlement, waiting for room on a full disk.
-        set_status: Writes state and detail for people.
-        log_dead: Logs dead letters.
-        backoff_s: Returns how long to wait after a fault, given the failures in a row.
-        check_rows: Refuses readings of another environment.
-        pause: Waits so that a delivery of so many rows, begun then, stays below MAX_DRAIN_RATE.
-        batch_rows: Returns how many rows to read at once.
-        beat: Tells the watchdog.
-        clock: Seconds, monotonic.
-    """
-
-    settle: Callable[[Settlement, AheadStep], None]
-    set_status: Callable[[str, str], None]
-    log_dead: Callable[[Sequence[DeadLetter]], None]
-    backoff_s: Callable[[Fault, int], float]
-    check_rows: Callable[[SpoolReader, Sequence[Reading]], None]
-    pause: Callable[[int, float], None]
-    batch_rows: Callable[[], int]
-    beat: Callable[[], None]
-    clock: Callable[[], float]
 
 
 class Bypass:
@@ -192,7 +166,7 @@ class Bypass:
             wait_s = min(wait_s, self._blocked_until_s - now)
         elif self._read_at_s > now:
             wait_s = min(wait_s, self._read_at_s - now)
-        elif not reader.listening and not self._full:
+        elif not (reader.listening or self._full or self._failures):
             wait_s = min(wait_s, POLL_S)
         return max(0.0, wait_s)
 
@@ -200,21 +174,21 @@ class Bypass:
         """Read on, and deliver what is not of a held site; return whether there was anything."""
         if now < self._blocked_until_s or now < self._read_at_s or self._is_full():
             return False
-        room = AHEAD_MAX_ROWS - (self._through - self.cursor)
-        rows = reader.read_after(
-            self._through, min(self._hands.batch_rows(), room), self._sink.max_bytes
-        )
-        if not rows or rows[0][0] != self._through + 1:
-            last = rows[0][0] - 1 if rows else reader.last_seq()
-            if last > self._through:
-                self._left_the_spool(reader, last, self._held.take_through(last))
-                return True
-            if last < self._through:
-                reader.check_position(self._through)
-            return False
-        self._hands.check_rows(reader, rows)
+        rows = self._read_on(reader)
+        if not rows:
+            return rows is None
         checked = check(rows)
-        todo = []
+        wanted: dict[int, str] = {}
+        suspects = self._held.suspects()
+        todo: list[Reading] = []
+        if suspects and any(row[4] not in self._held for row in checked.good):
+            # A row behind refused ones that is accepted shows that they are at fault themselves.
+            refused = self._read_held(reader, suspects)
+            if refused is None:
+                return True
+            held, wanted = refused
+            todo += held.good
+            checked.damaged += held.damaged
         for row in checked.good:
             if row[4] in self._held:
                 self._held[row[4]].seqs.append(row[0])
@@ -223,7 +197,7 @@ class Bypass:
         self._through = rows[-1][0]
         # Rows that come close together go together.
         self._read_at_s = now + self._sink.gather_s
-        delivery = self._deliver(todo)
+        delivery = self._deliver(todo, wanted)
         if len(delivery.retry) < len(todo):
             self._failures = 0
         elif todo or self._failures:
@@ -235,20 +209,32 @@ class Bypass:
         self._settle([*delivery.dead, *map(_corrupt, checked.damaged)])
         return True
 
+    def _read_on(self, reader: SpoolReader) -> list[Reading] | None:
+        """Return the next rows; None where some have left the spool, which is settled then."""
+        room = AHEAD_MAX_ROWS - (self._through - self.cursor)
+        rows = reader.read_after(
+            self._through, min(self._hands.batch_rows(), room), self._sink.max_bytes
+        )
+        if rows and rows[0][0] == self._through + 1:
+            self._hands.check_rows(reader, rows)
+            return rows
+        last = rows[0][0] - 1 if rows else reader.last_seq()
+        if last > self._through:
+            self._left_the_spool(reader, last, self._held.take_through(last))
+            return None
+        if last < self._through:
+            reader.check_position(self._through)
+        return []
+
     def _deliver_held(self, reader: SpoolReader, now: float) -> bool:
         """Try the held sites that are due; return whether there were any."""
         due = self._held.due(now)
         if not due:
             return False
-        first = min(held.first for held in due.values())
-        rows = reader.read_after(first - 1, self._hands.batch_rows(), self._sink.max_bytes)
-        if not rows or rows[0][0] != first:
-            last = rows[0][0] - 1 if rows else reader.last_seq()
-            self._left_the_spool(reader, last, self._held.take_through(last))
+        read = self._read_held(reader, due)
+        if read is None:
             return True
-        self._hands.check_rows(reader, rows)  # of before a restart, under another APP_ENV
-        wanted = {seq: site for site, held in due.items() for seq in held.through(rows[-1][0])}
-        checked = check([row for row in rows if row[0] in wanted])
+        checked, wanted = read
         delivery = self._deliver(checked.good, wanted)
         if len(delivery.retry) < len(checked.good) or checked.damaged:
             self._used_through = max(self._used_through, *wanted)
@@ -260,6 +246,24 @@ class Bypass:
             self._held.forget_after(self._through)
         self._settle([*delivery.dead, *map(_corrupt, checked.damaged)])
         return True
+
+    def _read_held(
+        self, reader: SpoolReader, sites: Mapping[str, HeldSite]
+    ) -> tuple[Checked, dict[int, str]] | None:
+        """Read the first readings that wait of ``sites``, and return whose they are, by seq.
+
+        None where readings have left the spool, which is settled then.
+        """
+        first = min(held.first for held in sites.values())
+        rows = reader.read_after(first - 1, self._hands.batch_rows(), self._sink.max_bytes)
+        if not rows or rows[0][0] != first:
+            last = rows[0][0] - 1 if rows else reader.last_seq()
+            self._left_the_spool(reader, last, self._held.take_through(last))
+            return None
+        self._hands.check_rows(reader, rows)  # of before a restart, under another APP_ENV
+        last = rows[-1][0]
+        wanted = {seq: site for site, held in sites.items() for seq in held.through(last)}
+        return check([row for row in rows if row[0] in wanted]), wanted
 
     def _deliver(self, todo: list[Reading], wanted: dict[int, str] | None = None) -> Delivery:
         """Deliver ``todo``; hold what failed, and take ``wanted`` from what waits."""

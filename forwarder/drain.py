@@ -16,8 +16,9 @@ from pathlib import Path
 from forwarder.backoff import pause_for_rate_s
 from forwarder.batch import check
 from forwarder.batch_delivery import LOOP, BatchDelivery
-from forwarder.bypass import Bypass, Hands
+from forwarder.bypass import Bypass
 from forwarder.gaplog import log_gaps
+from forwarder.hands import Hands
 from forwarder.loghold import LOOK_S, LogHold
 from forwarder.readahead import ReadAhead
 from forwarder.sink import JournalledSink, Sink

@@ -103,6 +103,10 @@ class HeldSites:
         """Yield why each site waits, where that is known."""
         return (held.fault for held in self._sites.values() if held.fault is not None)
 
+    def suspects(self) -> dict[str, HeldSite]:
+        """Return the sites whose readings were refused, and may be at fault themselves."""
+        return {site: held for site, held in self._sites.items() if held.fault and held.fault.probe}
+
     def next_due_s(self) -> float:
         """Return when the first site is due."""
         return min(held.due_s for held in self._sites.values())

@@ -358,7 +358,8 @@ class PubSubSink:
             f"gcloud pubsub topics describe {topic} --project={project}",
         )
         delivery.retry += [letter.row for letter in self._suspects]
-        delivery.faults |= {letter.row[4]: fault for letter in self._suspects}
+        if delivery.faults:  # these sites are held with the others, and looked at with them
+            delivery.faults |= {letter.row[4]: fault for letter in self._suspects}
         delivery.fault = fault
         for lane in parked:
             self._give_back(lane, delivery, fault)

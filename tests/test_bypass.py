@@ -441,6 +441,35 @@ def test_pubsub_goes_on_with_all_other_keys(
     bench.close()
 
 
+def test_a_site_whose_readings_are_all_refused_is_told_from_the_service_while_another_is_held(
+    tmp_path: Path, fake: FakePubSub
+) -> None:
+    bench = Bench(tmp_path, 600)
+    fake.faults.refuse_key("S2", grpc.StatusCode.UNAVAILABLE, "not this key")
+    fake.faults.poison = lambda data: b'"site_code":"S1"' in data
+    running = Running(bench, fake)
+    guilty = 200
+    try:
+
+        def all_told() -> bool:
+            bench.append(3)
+            return len(look(bench.state.path, "SELECT seq FROM dead_letter")) >= guilty
+
+        wait_until(all_told, SOON_S, "the first 200 of S1 are dead letters")
+        assert set(arrived(fake)) == {"S3"}
+        fake.faults.keys.clear()
+        wait_until(lambda: "S2" in arrived(fake), SOON_S, "S2 goes on")
+        fake.faults.poison = None
+        wait_until(bench.drained, SOON_S, "all is settled")
+    finally:
+        running.end()
+    dead = bench.counters()[1]
+    assert dead >= guilty
+    assert sum(bench.counters()) == bench.writer.last_seq()
+    assert fake.count == bench.writer.last_seq() - dead
+    bench.close()
+
+
 def test_others_wait_for_a_key_that_hangs_for_one_deadline_and_not_longer(
     tmp_path: Path, fake: FakePubSub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
