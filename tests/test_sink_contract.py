@@ -491,11 +491,20 @@ def test_any_mixture_of_faults_loses_and_reorders_nothing(
         service.close()
 
 
+@pytest.fixture
+def _errors_alone() -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    yield
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("_errors_alone")
 def test_the_log_takes_everything_in_order_whatever_the_level(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sink = LogSink("pubsub")
-    logging.getLogger().setLevel(logging.ERROR)
     rows = readings(100)
     assert sink.deliver(rows) == Delivery()
     found = [record.__dict__["fields"] for record in caplog.records]
