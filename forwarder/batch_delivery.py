@@ -224,6 +224,10 @@ class BatchDelivery:
             return HOLD_RETRY_S
         return backoff_s(failures, self._jitter())
 
+    def set_status_with_notice(self, state: str, detail: str) -> None:
+        """Say what the forwarder is doing, and what an operator has to know besides."""
+        self.set_status(state, "; ".join(filter(None, (detail, self.notice()))))
+
     def set_status(self, state: str, detail: str) -> None:
         """Say in the sink's file what the forwarder is doing, if that has changed."""
         detail = printable(detail)

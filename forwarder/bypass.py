@@ -69,6 +69,8 @@ class Bypass:
         """Behind it nothing was delivered, nor is a dead letter."""
         self._dead_ahead: list[int] = []
         """The seq of dead letters behind the cursor, which are in the file and not counted."""
+        self._gaps: list[Gap] = []
+        """Of the batch that was handed over, behind the cursor: counted when it passes them."""
         self._held_next = True
         self._failures = 0
         """How often in a row the service took no reading of a site that was not held."""
@@ -134,6 +136,7 @@ class Bypass:
         self._begin(epoch, cursor)
         self._through = self._used_through = batch.rows[-1][0]
         self._failures = int(cursor < batch.rows[0][0] and len(delivery.retry) == len(batch.rows))
+        self._gaps = list(batch.gaps)
         self._hold_back(delivery, 0.0)
         self._report(delivery)
         self._settle(batch.dead)
@@ -144,6 +147,7 @@ class Bypass:
         self._noted_through = 0
         self._held.loaded({})
         self._dead_ahead = []
+        self._gaps = []
         self._held_next = self._full = False
         self._first = True
         self._failures = 0
@@ -337,8 +341,10 @@ class Bypass:
         """Write down what has changed: the cursor, and what is settled behind it."""
         cursor = self._held.oldest()[1].first - 1 if self._held else self._through
         dead = list(dead)
+        gaps = [*gaps, *(gap for gap in self._gaps if gap.last_seq <= cursor)]
+        self._gaps = [gap for gap in self._gaps if gap.last_seq > cursor]
         settlement = Settlement(
-            self._epoch, cursor, dead=[d for d in dead if d.row[0] <= cursor], gaps=[*gaps]
+            self._epoch, cursor, dead=[d for d in dead if d.row[0] <= cursor], gaps=gaps
         )
         step = AheadStep(dead=[d for d in dead if d.row[0] > cursor], first=self._first)
         step.held, step.released = self._held.changes()

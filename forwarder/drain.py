@@ -112,7 +112,7 @@ class Drain:
             state,
             Hands(
                 settle=batches.settle_durably,
-                set_status=lambda s, d: batches.set_status(s, d or batches.notice()),
+                set_status=batches.set_status_with_notice,
                 log_dead=batches.letters.report,
                 backoff_s=batches.wait_s,
                 check_rows=batches.check_environment,
@@ -179,6 +179,8 @@ class Drain:
                 wait_s = min(self._bypass.turn(reader), POLL_ANNOUNCED_S)
                 self._position = self._bypass.cursor
                 if self._bypass.active:
+                    if not wait_s and self._log_hold is not None:
+                        self._stop.wait(self._log_hold.pause_s(self._clock() - now, more=False))
                     self._stop.wait(wait_s, reader if reader.listening else None)
                     continue
             if (reader.changed() or bypassed) and self._drain_available(reader):

@@ -101,6 +101,8 @@ class PubSubSink:
         self._refusals = RefusalRun(hold=settings.refused_policy == "hold")
         self._accepted = False
         """Whether a row was accepted in this delivery."""
+        self._not_found = False
+        """Whether the topic was missing in this delivery."""
         self._suspects: list[DeadLetter] = []
         """Refused since the last row that was accepted in this delivery."""
         self._suspected: set[str] = set()
@@ -136,12 +138,14 @@ class PubSubSink:
             return Delivery(retry=list(rows), fault=why)
         self._refusals.begin()
         self._suspects.clear()
-        self._accepted = False
+        self._accepted = self._not_found = False
+        was_missing = self._recreated.missing
         delivery = Delivery()
         self._run(self._lanes(rows, delivery), delivery)
         # Lanes end in any order; the cursor needs the order of seq.
         delivery.retry.sort()
-        if self._accepted and self._recreated.missing:
+        # In one delivery both, accepted and missing: it is being deleted just now.
+        if self._accepted and was_missing and not self._not_found:
             open_seqs = {r[0] for r in delivery.retry} | {d.row[0] for d in delivery.dead}
             self._recreated.accepted(next(r[0] for r in rows if r[0] not in open_seqs))
         fault = delivery.fault
@@ -341,6 +345,7 @@ class PubSubSink:
             delivery.faults[sent[0][4]] = fault
             self._give_back(lane, delivery, fault)
             if code == "NOT_FOUND":
+                self._not_found = True
                 self._recreated.seen_missing()
 
     def _end_search(self, parked: list[Lane], delivery: Delivery) -> None:

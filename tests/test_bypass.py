@@ -13,7 +13,7 @@ import forwarder.bypass
 import forwarder.pubsub
 from forwarder.backoff import BACKOFF_MAX_S
 from forwarder.drain import Drain
-from forwarder.sink import Delivery
+from forwarder.sink import Delivery, Fault, FaultKind
 from lifecycle import StopRequest, Watchdog
 from spool import (
     AheadStep,
@@ -28,7 +28,7 @@ from spool import (
 from tests.fakes import FakePubSub
 from tests.harness import wait_until
 from tests.test_bypass_model import KeyedSink
-from tests.test_drain import HOLD, SITES, Bench
+from tests.test_drain import HOLD, SITES, Bench, FakeStop
 from tests.test_sink_pubsub import TOPIC, made
 from tests.test_spool_writer import edit, look
 
@@ -41,7 +41,7 @@ class PlainSink(KeyedSink):
     def __init__(self, *refused: str) -> None:
         super().__init__()
         self.feel(0)
-        self._poisoned = [False] * 1000
+        self._poisoned = [False] * 100_000
         self.refused = set(refused)
         self.calls: list[list[int]] = []
         self.guilty: set[int] = set()
@@ -365,6 +365,113 @@ def test_a_full_budget_of_dead_letters_holds_the_others_too(tmp_path: Path) -> N
     assert sink.acked == [seq for seq in range(1, 91) if seq not in sink.guilty]
     names = ("delivered", "dead_lettered", "dead_letters_discarded")
     assert [bench.state.counters()[name] for name in names] == [88, 2, 2]
+    bench.close()
+
+
+def test_a_hole_that_a_held_batch_has_grown_over_is_counted_when_the_cursor_passes_it(
+    tmp_path: Path,
+) -> None:
+    bench = Bench(tmp_path, 10)
+    probing = Fault(FaultKind.HOLD, "every row is refused", probe=True)
+    passing = Fault(FaultKind.TRANSIENT, "S2: unavailable")
+
+    class Growing(PlainSink):
+        """Refuses all of one delivery, while readings are dropped; then one site, for a while."""
+
+        max_rows = 10
+
+        def deliver(self, rows: Sequence[Reading]) -> Delivery:
+            self.calls.append([row[0] for row in rows])
+            if len(self.calls) == 1:
+                bench.append(20)
+                edit(spool_path(bench.directory), "DELETE FROM reading_row WHERE seq <= 20")
+                return Delivery(retry=list(rows), fault=probing)
+            bad = [row for row in rows if row[4] == "S2"] if len(self.calls) < 6 else []
+            self.acknowledged += [row for row in rows if row not in bad]
+            if not bad:
+                return Delivery()
+            return Delivery(retry=bad, fault=passing, faults={"S2": passing})
+
+    sink = Growing()
+    bench.drain(sink, lambda: bench.state.position(bench.writer.epoch) == 30)
+    counters = bench.state.counters()
+    assert counters["delivered"] == len(set(sink.acked))
+    assert counters["delivered"] + counters["dropped"] == 30
+    gaps = look(bench.state.path, "SELECT first_seq, last_seq FROM gap ORDER BY first_seq")
+    assert gaps[-1] == (11, 20)
+    bench.close()
+
+
+def test_the_dead_letters_warning_comes_while_a_site_is_held_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(tmp_path, 90)
+    bench.state.close()
+    bench.state = SinkState.open(tmp_path, "pubsub", dead_letter_max_bytes=3500)
+    sink = PlainSink("S2")
+    sink.guilty = {4, 6, 7, 9, 10, 12, 13, 15, 16, 18, 19, 21}
+    seen = set()
+
+    def until() -> bool:
+        seen.add(str(bench.status()[1]))
+        return bench.stop.now_s > 100
+
+    bench.drain(sink, until)
+    usage = bench.state.dead_letters.usage()
+    assert usage.nearly_full
+    assert not usage.full
+    assert [r for r in caplog.records if "budget" in r.getMessage()]
+    assert any("held: site S2" in detail and "more than 80 %" in detail for detail in seen), seen
+    bench.close()
+
+
+@pytest.mark.parametrize("refused", [(), ("S2",)])
+def test_while_the_log_is_pinned_batches_are_few_also_with_a_held_site(
+    tmp_path: Path, refused: tuple[str, ...]
+) -> None:
+    class Pinned:
+        """In the place of the watch on the log of the sink's file."""
+
+        detail = ""
+
+        def look(self) -> bool:
+            return False
+
+        def pause_s(self, took_s: float, *, more: bool) -> float:
+            return 0.0 if more else max(0.0, 0.5 - took_s)
+
+        def close(self) -> None:
+            """Hold nothing."""
+
+    bench = Bench(tmp_path, 30)
+    settled = []
+    settle = bench.state.settle
+
+    def counting(settlement: Settlement, ahead: AheadStep | None = None) -> None:
+        settled.append(settlement.seq)
+        settle(settlement, ahead)
+
+    bench.state.settle = counting  # type: ignore[method-assign] # only counted
+
+    def until() -> bool:
+        bench.append(3)
+        return bench.stop.now_s > 5
+
+    bench.stop = FakeStop(until)
+    sink = PlainSink(*refused)
+    Drain(
+        directory=bench.directory,
+        sink=sink,
+        state=bench.state,
+        app_env="LOCAL",
+        max_rate=0,
+        stop=bench.stop,
+        watchdog=Watchdog(["a loop that never turns"], 1.0),
+        log_hold=Pinned(),  # type: ignore[arg-type] # what the drain loop uses of it
+        jitter=lambda: 1.0,
+        clock=lambda: bench.stop.now_s,
+    ).run()
+    assert len(settled) < 40
     bench.close()
 
 

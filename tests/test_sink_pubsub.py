@@ -197,6 +197,24 @@ def test_a_topic_that_was_created_again_gets_nothing_until_it_has_a_subscription
     state.close()
 
 
+def test_a_topic_that_is_deleted_amid_a_delivery_is_missing_and_not_created_again(
+    fake: FakePubSub, tmp_path: Path
+) -> None:
+    state = SinkState.open(tmp_path, "pubsub")
+    sink = made(fake, notes=state)
+    text = "Resource not found (resource=readings)."
+    # The first keys were still taken.
+    fake.faults.refuse_key("S2", grpc.StatusCode.NOT_FOUND, text)
+    rows = readings(6, sites=("S1", "S2"))
+    delivery = sink.deliver(rows)
+    assert {row[4] for row in delivery.retry} == {"S2"}
+    assert state.remembered("topic_missing")
+    assert not state.remembered("topic_created_again")
+    fake.faults.clear()
+    sink.close()
+    state.close()
+
+
 def test_where_subscriptions_cannot_be_listed_it_is_told_from_which_reading_on(
     fake: FakePubSub, sink: PubSubSink, caplog: pytest.LogCaptureFixture
 ) -> None:
