@@ -206,7 +206,9 @@ def _collect(
         on_subscribed=on_subscribed,
     )
     store = Store(
-        open_writer=lambda: SpoolWriter.open(settings.spool_dir),
+        # Opened again only after SQLITE_FULL, which comes before the sync; a sync that failed
+        # (SQLITE_IOERR_FSYNC) ends the process.
+        open_writer=lambda: SpoolWriter.open(settings.spool_dir, synced=True),
         writer=writer,
         inbox=inbox,
         validator=Validator(

@@ -1,9 +1,10 @@
 """What the collector does between batches: progress, pruning, limits, ballast, salvage."""
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from lifecycle import fields
 from spool import (
@@ -11,7 +12,9 @@ from spool import (
     SPOOL_DAMAGED,
     Ballast,
     Budget,
+    Condition,
     Conditions,
+    DiskFullError,
     Level,
     LogWatch,
     Pruner,
@@ -116,6 +119,7 @@ class Housekeeping:
                     writer.check_readable(sink.position_in(writer.epoch))
         if progress := self.progress_if_due():
             writer.write_progress(progress)
+        self.conditions.clear("spool_full")  # turns are made between batches that were stored
         level = self._level_without_garbage(writer)
         if now - self._level_at >= LEVEL_INTERVAL_S:
             self._level_at = now
@@ -190,6 +194,7 @@ class Housekeeping:
         self._undeclared_told_at = {
             sink: at for sink, at in self._undeclared_told_at.items() if sink in undeclared
         }
+        self._report_undeclared(undeclared)
         for sink, p in undeclared.items():
             if now - self._undeclared_told_at.get(sink, float("-inf")) >= UNDECLARED_INTERVAL_S:
                 self._undeclared_told_at[sink] = now
@@ -197,6 +202,19 @@ class Housekeeping:
                     "undeclared sink file holds pruning",
                     extra=fields(sink=sink, cursor_seq=p.seq, epoch=p.epoch, remedy=p.detail),
                 )
+
+    def _report_undeclared(self, undeclared: Mapping[str, SinkProgress]) -> None:
+        if not undeclared:
+            self.conditions.clear("undeclared_sink")
+            return
+        self.conditions.put(
+            Condition(
+                "undeclared_sink",
+                "WARNING",
+                f"nothing is pruned behind the cursor of {', '.join(sorted(undeclared))}",
+                " ".join(p.detail for _, p in sorted(undeclared.items())),
+            )
+        )
 
     def _progress_due(self, now: float) -> bool:
         if now - self._stored_at >= UNCHANGED_PROGRESS_INTERVAL_S:
@@ -228,6 +246,7 @@ class Housekeeping:
         if self._retention.prune_step(writer, self._progress, self._now_us(), pressure=True):
             return True
         if not drop_oldest:
+            self._report_full(writer)
             if progress := self.progress_if_due():
                 writer.write_progress(progress)
             return False
@@ -238,6 +257,22 @@ class Housekeeping:
                 extra=fields(rows=dropped, total=writer.counter("dropped")),
             )
         return bool(dropped)
+
+    def _report_full(self, writer: SpoolWriter) -> None:
+        """Have ``health`` say that nothing is acknowledged; the next turn takes it back."""
+        self.conditions.put(
+            Condition(
+                "spool_full",
+                "CRITICAL",
+                f"the spool has reached SPOOL_MAX_BYTES, {self._budget.max_bytes} bytes: "
+                f"{STANDS_STILL}",
+                "which sink does not deliver? Look at the view backlog, and at the disk: df -h "
+                f"{writer.path.parent}; or raise SPOOL_MAX_BYTES and restart the collector",
+            )
+        )
+        # On a full disk there may be no room for it; the log says it all the same.
+        with contextlib.suppress(DiskFullError):
+            self.conditions.store(writer)
 
     def may_salvage(self, writer: SpoolWriter) -> bool:
         """Return whether there is room for the next step of the salvage; if not, make some.

@@ -46,9 +46,11 @@ class Watchdog:
 
     def allow(self, timeout_s: float) -> None:
         """Let what begins now take ``timeout_s`` longer than usual, until every loop has turned."""
-        self._seen.clear()
-        self._armed_at = self._clock()
-        faulthandler.dump_traceback_later(self._timeout_s + timeout_s, exit=True, file=sys.stderr)
+        # Counted from when every loop had turned: another loop that hangs is not excused.
+        now = self._clock()
+        since = self._armed_at if self._armed_at > float("-inf") else now
+        left_s = max(0.001, since + self._timeout_s + timeout_s - now)
+        faulthandler.dump_traceback_later(left_s, exit=True, file=sys.stderr)
 
     def stop(self) -> None:
         """Disarm."""

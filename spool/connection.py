@@ -56,10 +56,16 @@ def refuse_orphaned_log(path: Path) -> None:
         raise CorruptFileError(f"{path} is damaged: it is gone or empty, and its log is not", path)
 
 
-def open_owner(path: Path) -> sqlite3.Connection:
+def open_owner(path: Path, *, synced: bool = False) -> sqlite3.Connection:
     """Open ``path`` as its only writer, and create it where it is missing.
 
     What its write-ahead log holds is on the disk when this returns (:mod:`spool.log_sync`).
+
+    Args:
+        path: The database.
+        synced: Whether this very process has synced all that the log holds, and no sync has
+            failed: then the log is not written again. On a full disk a file is opened twice a
+            second.
 
     Raises:
         StorageFaultError: It cannot be opened, or its log cannot be synced; CorruptFileError if
@@ -78,7 +84,8 @@ def open_owner(path: Path) -> sqlite3.Connection:
         raise file_fault(error, "open", path) from error
     try:
         # First of all: already some of the settings are a commit, which stands behind the others.
-        rewrite_log(conn, path)
+        if not synced:
+            rewrite_log(conn, path)
         _configure_owner(conn)
     except sqlite3.Error as error:
         conn.close()
@@ -126,7 +133,9 @@ def keep_temporary_in_memory(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA temp_store=MEMORY")
 
 
-def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
+def open_reader(
+    path: Path, *, damaged: bool = False, timeout_s: float = BUSY_TIMEOUT_S
+) -> sqlite3.Connection:
     """Open ``path`` read-only, as everybody but its owner does.
 
     Never ``immutable=1``: that promises that nobody writes, and gives wrong answers when
@@ -135,6 +144,7 @@ def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
     Args:
         path: The database.
         damaged: Whether to go as far as possible where the file is known to be damaged.
+        timeout_s: How long to wait for a lock.
 
     Raises:
         FileMissingError: There is no such file, or it is still empty.
@@ -146,7 +156,7 @@ def open_reader(path: Path, *, damaged: bool = False) -> sqlite3.Connection:
         conn = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode=ro",
             uri=True,
-            timeout=BUSY_TIMEOUT_S,
+            timeout=timeout_s,
             isolation_level=None,
             check_same_thread=False,
         )

@@ -194,9 +194,8 @@ class LogWatch:
         return False
 
     def _suspects(self) -> frozenset[LogReader]:
-        """Return who was reading each time; where nobody was, all of the last time."""
-        steady = frozenset.intersection(*self._seen)
-        return steady or self._seen[-1]
+        """Return who was reading each time: a forwarder that is met once is not to blame."""
+        return frozenset.intersection(*self._seen)
 
     def _over(self, owner: LogOwner) -> LogNotice | None:
         self._tries = 0

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from spool.connection import open_reader
+from spool.connection import BUSY_TIMEOUT_S, open_reader
 from spool.errors import FileMissingError, SpoolError
 from spool.files import sink_path
 
@@ -100,6 +100,8 @@ class SinkFile:
         self._declared = declared
         self._conn: sqlite3.Connection | None = None
         self._inode = 0
+        self.was_read = False
+        """Whether it could be read at least once: then it is a sink's file for certain."""
 
     def read(self) -> SinkProgress:
         """Return the sink's progress.
@@ -125,6 +127,7 @@ class SinkFile:
                 as_of_us=now_us,
                 declared=self._declared,
             )
+        self.was_read = True
         epoch, seq = cursor or ("", 0)
         state, detail = status or ("starting", "")
         if not self._declared:
@@ -155,7 +158,10 @@ class SinkFile:
         inode = self._path.stat().st_ino
         if self._conn is None or inode != self._inode:
             self.close()
-            self._conn = open_reader(self._path)
+            # A sink's file never makes a reader wait; another one may, and the collector's
+            # writer must not: a copy in the making is locked for as long as that takes.
+            timeout_s = BUSY_TIMEOUT_S if self._declared else 0.0
+            self._conn = open_reader(self._path, timeout_s=timeout_s)
             self._inode = inode
         return self._conn
 

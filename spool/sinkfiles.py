@@ -60,7 +60,9 @@ class SinkFiles:
             }
         except OSError:
             return  # what was known to be a sink's holds on; the next look comes within seconds
-        for name in self._undeclared.keys() - found:
+        # What could never be read is judged again: it may have been a copy in the making.
+        never_read = {name for name, file in self._undeclared.items() if not file.was_read}
+        for name in (self._undeclared.keys() - found) | never_read:
             self._undeclared.pop(name).close()
         for name in sorted(found - self._names - self._undeclared.keys()):
             path = self._directory / name
@@ -96,7 +98,7 @@ class SinkFiles:
 
 def _contents(path: Path) -> tuple[int, int, int]:
     """Return application id, number of tables, and how many of those are a sink's."""
-    with closing(open_reader(path)) as conn:
+    with closing(open_reader(path, timeout_s=0.0)) as conn:
         (application,) = conn.execute("PRAGMA application_id").fetchone()
         tables, sinks_tables = conn.execute(_TABLES).fetchone()
         return application, tables, sinks_tables

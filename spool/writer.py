@@ -79,8 +79,12 @@ class SpoolWriter:
         """The limit of the ring of rejected messages from the next append on."""
 
     @classmethod
-    def open(cls, directory: Path) -> "SpoolWriter":
+    def open(cls, directory: Path, *, synced: bool = False) -> "SpoolWriter":
         """Open the spool in ``directory``; make a new one, with a new epoch, if there is none.
+
+        Args:
+            directory: SPOOL_DIR.
+            synced: See :func:`spool.connection.open_owner`.
 
         Raises:
             StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
@@ -91,7 +95,7 @@ class SpoolWriter:
         # Before the database: whoever can read a row can also listen.
         bell = _open_bell(directory)
         try:
-            conn = open_owner(path)
+            conn = open_owner(path, synced=synced)
         except BaseException:
             bell.close()
             raise

@@ -25,6 +25,7 @@ from tests.collector_parts import (
     logbook,
 )
 from tests.house import HOUR_US, House, house_maker
+from tests.test_spool_writer import look
 
 
 @pytest.fixture
@@ -183,6 +184,10 @@ def test_block_frees_what_is_delivered_and_shows_why_it_waits(house: House, book
     assert not house.keeping.make_room(house.writer, drop_oldest=False)
     assert house.shown()["pubsub"] == (1, 4, "starting")
     assert book.lines() == []
+    health = "SELECT name, severity FROM health"
+    assert look(house.directory / "spool.db", health) == [("spool_full", "CRITICAL")]
+    house.turn()
+    assert look(house.directory / "spool.db", health) == []
 
 
 def test_drop_oldest_takes_delivered_rows_first_and_then_tells_what_it_drops(

@@ -251,6 +251,8 @@ stuck_here()
         "import threading; threading.Lock().acquire() and threading.Event().wait(60)",
         # one of two loops goes on turning
         "[(watchdog.beat('network'), time.sleep(0.01)) for _ in range(6000)]",
+        # and is allowed long work again and again
+        "[(watchdog.beat('network'), watchdog.allow(0.1), time.sleep(0.01)) for _ in range(6000)]",
     ],
 )
 def test_a_stuck_process_ends_itself_and_prints_its_stacks(session: Session, stuck: str) -> None:

@@ -114,6 +114,21 @@ def test_a_log_that_the_disk_cannot_read_is_told_as_such(
         SpoolWriter.open(tmp_path)
 
 
+def test_a_process_that_has_synced_all_itself_does_not_write_the_log_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk has the spool opened again twice a second."""
+    live(tmp_path, "spool", OPEN + CHANGE)
+    SpoolWriter.open(tmp_path).close()
+    live(tmp_path, "spool", OPEN + CHANGE)
+    written: list[int] = []
+    monkeypatch.setattr("spool.connection.rewrite_log", lambda *_: written.append(1))
+    SpoolWriter.open(tmp_path, synced=True).close()
+    assert written == []
+    SpoolWriter.open(tmp_path).close()
+    assert written == [1]
+
+
 def test_of_a_long_log_both_ends_are_written_again() -> None:
     assert _parts(7) == [(0, 7)]
     assert _parts(2 * PART_MAX_BYTES) == [(0, 2 * PART_MAX_BYTES)]

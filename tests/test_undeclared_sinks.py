@@ -3,6 +3,7 @@
 import configparser
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from forwarder.registry import BUILDERS
 from lifecycle import SINKS, Settings
-from spool import SinkFiles, SinkState, sink_path
+from spool import SinkFiles, SinkState, connection, sink_path
 from spool.progress import UNDECLARED
 from tests.collector_parts import Logbook, deliver_through, logbook
 from tests.harness import FORWARDERS, Rig, wait_until
@@ -67,6 +68,30 @@ def test_no_other_list_of_sinks_is_written_down() -> None:
     }
     # What kinds of a service the benchmarks can stand in for.
     assert listed <= {"bench/distant.py"}
+
+
+def test_a_copy_in_the_making_makes_the_writer_wait_for_nothing_and_holds_nothing_afterwards(
+    house: House,
+) -> None:
+    filled(house)
+    copy = house.directory / "copy.db"
+    shutil.copy(house.directory / "spool.db", copy)
+    with closing(sqlite3.connect(copy, isolation_level=None)) as copying:
+        copying.execute("PRAGMA journal_mode=DELETE")
+        copying.execute("BEGIN EXCLUSIVE")
+        begun = time.monotonic()
+        house.turn(1.0)
+        house.turn(1.0)
+        assert time.monotonic() - begun < connection.BUSY_TIMEOUT_S / 2
+        assert shown(house)["copy"][1] == "unreadable"
+        (condition,) = look(house.directory / "spool.db", "SELECT name, detail FROM health")
+        assert condition == ("undeclared_sink", "nothing is pruned behind the cursor of copy")
+        copying.execute("ROLLBACK")
+    # It is a spool's copy, and no sink's file.
+    house.turn(1.0)
+    house.turn(1.0)
+    assert "copy" not in shown(house)
+    assert look(house.directory / "spool.db", "SELECT * FROM health") == []
 
 
 def test_a_sinks_file_that_is_not_declared_holds_pruning_at_its_cursor(

@@ -1,4 +1,5 @@
--- pubsub.db and bigquery.db, format 3: dead letters have a budget, and health says what is wrong.
+-- pubsub.db and bigquery.db, format 3: dead letters have a budget, and health says what its
+-- owner knows to be wrong with the file.
 
 -- What one dead letter takes, without reading it: its texts and its payload, and 190 bytes for
 -- the numbers, the epoch (twice: also in the index), headers and the slack of pages.
