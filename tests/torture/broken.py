@@ -81,10 +81,10 @@ def _move_the_cursor_first() -> None:
 def _journal_last() -> None:
     """What an append holds is noted after it was sent."""
     add, append = AppendJournal.add, StorageSink._append  # noqa: SLF001 - what is to be broken
-    waiting: list[tuple[AppendJournal, str, list[Cut]]] = []
+    waiting: list[tuple[Any, ...]] = []
 
-    def add_later(self: AppendJournal, epoch: str, cuts: Iterable[Cut]) -> None:
-        waiting.append((self, epoch, list(cuts)))
+    def add_later(self: AppendJournal, epoch: str, cuts: Iterable[Cut], *left_out: Any) -> None:  # noqa: ANN401 - as it comes
+        waiting.append((self, epoch, list(cuts), *left_out))
 
     def append_first(*arguments: Any) -> None:  # noqa: ANN401 - stands for a method
         try:

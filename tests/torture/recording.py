@@ -59,6 +59,8 @@ class Recording:
     """What BigQuery took, in order."""
     streams: Sequence[str]
     """The write streams that were made, in order."""
+    table_created_ms: int
+    """When the table was made: another time is another table."""
 
 
 def record(
@@ -194,6 +196,7 @@ class Traced:
             rig.publisher.acknowledged if packets is None else packets,
             rig.cloud.bigquery.rows(TABLE_REF),
             rig.cloud.write_api.streams.names,
+            rig.cloud.bigquery.store.table(TABLE_REF).created_ms,
         )
 
     def _appends(self) -> Iterator[Arrival]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from spool import event_id, spool_path
 from tests.harness import COLLECTOR, Packet, Rig, assert_adds_up, last_words, wait_until
 from tests.harness.books import Books
+from tests.harness.cloud import TABLE_REF
 from tests.torture.recording import Recording, traced
 from tests.torture.verdict import Violation, Wrong
 from tests.torture.witness import Truth
@@ -72,7 +73,8 @@ def revive(
 
 
 def _fill_bigquery(rig: Rig, truth: Truth, recording: Recording) -> None:
-    """Let BigQuery have the streams and the rows that it had."""
+    """Let BigQuery have the table, the streams and the rows that it had."""
+    rig.cloud.bigquery.store.table(TABLE_REF).created_ms = recording.table_created_ms
     streams = rig.cloud.write_api.streams
     for name in recording.streams:
         assert streams.create(name.partition("/streams/")[0]).name == name, "streams are numbered"
