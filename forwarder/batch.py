@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from spool import DeadLetter, Gap, Reading, Settlement, intact
+from spool import DeadLetter, Gap, Reading, Settlement, intact, presentable
 
 _seq_of = itemgetter(0)
 
@@ -84,6 +84,12 @@ class Batch:
 
     def _rows_through(self, seq: int) -> int:
         return bisect_right(self.rows, seq, key=_seq_of)
+
+
+def corrupt(row: Reading) -> DeadLetter:
+    """Return the dead letter of a row whose content is not what was spooled."""
+    detail = "the row's checksum is wrong: its bits changed"
+    return DeadLetter(presentable(row), "corrupt_row", detail)
 
 
 def find_gaps(after_seq: int, rows: Sequence[Reading], dropped_through: int) -> list[Gap]:

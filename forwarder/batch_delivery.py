@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from forwarder.backoff import HOLD_RETRY_S, backoff_s
-from forwarder.batch import Batch, Checked, check, find_gaps
+from forwarder.batch import Batch, Checked, check, corrupt, find_gaps
 from forwarder.dead_letters import DeadLetterWatch
 from forwarder.gaplog import log_gaps
 from forwarder.loghold import LogHold
@@ -19,13 +19,11 @@ from forwarder.sink import Delivery, Fault, FaultKind, NoticingSink, Sink
 from lifecycle import StopRequest, Watchdog, fields, printable
 from spool import (
     AheadStep,
-    DeadLetter,
     DiskFullError,
     Reading,
     Settlement,
     SinkState,
     SpoolReader,
-    presentable,
     refuse_backlog,
 )
 
@@ -148,8 +146,7 @@ class BatchDelivery:
         after_seq = batch.rows[-1][0] if batch.rows else self.position
         gaps = find_gaps(after_seq, checked.rows, reader.dropped_through())
         log_gaps(self._sink.name, gaps)
-        detail = "the row's checksum is wrong: its bits changed"
-        dead = [DeadLetter(presentable(row), "corrupt_row", detail) for row in checked.damaged]
+        dead = [corrupt(row) for row in checked.damaged]
         self.letters.report(dead)
         batch.add(checked.rows, gaps, dead)
         return checked.good
@@ -195,7 +192,7 @@ class BatchDelivery:
         log.log(
             logging.ERROR if hold else logging.WARNING,
             "%s: %s",
-            "delivery is on hold until somebody mends this" if hold else "delivery failed",
+            "on hold: operator action required" if hold else "delivery failed",
             fault,
             extra=fields(
                 sink=self._sink.name,

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from forwarder import heldlog
-from forwarder.batch import Batch, Checked, check, gap_reason
+from forwarder.batch import Batch, Checked, check, corrupt, gap_reason
 from forwarder.hands import Hands
 from forwarder.held import HeldSite, HeldSites
 from forwarder.sink import Delivery, Fault, FaultKind, Sink
@@ -32,7 +32,6 @@ from spool import (
     SinkState,
     SpoolReader,
     load_ahead,
-    presentable,
 )
 
 AHEAD_MAX_ROWS = 1_000_000
@@ -210,7 +209,7 @@ class Bypass:
             self._blocked_until_s = self._hands.clock() + wait_s
         if todo or checked.damaged:
             self._used_through = self._through
-        self._settle([*delivery.dead, *map(_corrupt, checked.damaged)])
+        self._settle([*delivery.dead, *map(corrupt, checked.damaged)])
         return True
 
     def _read_on(self, reader: SpoolReader) -> list[Reading] | None:
@@ -248,7 +247,7 @@ class Bypass:
             self._blocked_until_s = float("-inf")
             self._through = self._used_through
             self._held.forget_after(self._through)
-        self._settle([*delivery.dead, *map(_corrupt, checked.damaged)])
+        self._settle([*delivery.dead, *map(corrupt, checked.damaged)])
         return True
 
     def _read_held(
@@ -385,11 +384,6 @@ class Bypass:
 
     def _report(self, delivery: Delivery) -> None:
         heldlog.log_failure(self._sink.name, delivery, self._held, self.cursor)
-
-
-def _corrupt(row: Reading) -> DeadLetter:
-    detail = "the row's checksum is wrong: its bits changed"
-    return DeadLetter(presentable(row), "corrupt_row", detail)
 
 
 def _runs(seqs: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The readings of held sites: which wait, since when, and when to try them again.
 
-Talks to nobody. Of a reading that waits only its seq is kept, eight bytes; the reading itself
+Does no I/O. Of a reading that waits only its seq is kept, eight bytes; the reading itself
 stays in the spool.
 """
 

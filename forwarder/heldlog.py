@@ -70,7 +70,7 @@ def log_failure(sink: str, delivery: Delivery, held: HeldSites, after_seq: int) 
     log.log(
         logging.ERROR if hold else logging.WARNING,
         "%s: %s",
-        "delivery is on hold until somebody mends this" if hold else "delivery failed",
+        "on hold: operator action required" if hold else "delivery failed",
         fault,
         extra=fields(
             sink=sink,

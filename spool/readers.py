@@ -42,7 +42,7 @@ class LogReader:
 def log_readers(path: Path, proc: Path = _PROC) -> list[LogReader]:
     """Return who is within a read transaction on the database ``path``, but this process.
 
-    Nothing is raised: where the kernel tells nothing, nobody is named.
+    Nothing is raised: where the kernel tells nothing, no process is named.
 
     Args:
         path: The database.

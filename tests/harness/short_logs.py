@@ -35,7 +35,7 @@ def shorten(rig: Rig) -> None:
 
 @contextmanager
 def pager(path: Path, statement: str = MANY_ROWS) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run ``sqlite3 -readonly`` on ``path`` into a pipe that nobody reads, as before a pager.
+    """Run ``sqlite3 -readonly`` on ``path`` into a pipe that is not read, as before a pager.
 
     It is within its read transaction when this gives it out.
     """

@@ -1,6 +1,6 @@
 """Readers that are left open: on any of the files, at any moment, several at a time.
 
-In every round some ``sqlite3 -readonly`` processes read into pipes that nobody empties, while
+In every round some ``sqlite3 -readonly`` processes read into pipes that are not read, while
 readings come, and their log's owner is killed now and then. No reading may be lost, dropped or
 refused for good; the log keeps to its bound; health and the log name the process; and when the
 readers have ended everything goes on by itself.

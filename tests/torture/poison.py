@@ -27,7 +27,7 @@ from tests.harness import (
 METHODS = ("storage", "insert_all", "storage_default")
 WAYS = ("burst", "among", "alone")
 SENSOR = "poison/1"
-"""What the services refuse, beside times that no partition takes."""
+"""What the services refuse, in addition to times that no partition takes."""
 
 HEALTHY = 60
 SOON_S = 40.0

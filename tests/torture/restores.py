@@ -1,4 +1,4 @@
-"""Older copies of a machine's files that are put back, and clones that run beside their original.
+"""Older copies of a machine's files that are put back, and clones that run at the same time as their original.
 
 The forwarder is the real process, stopped for the moment in which its files are copied, as a
 disk's snapshot does it; the services are the fakes. Whatever a machine holds in the end has to be
@@ -41,7 +41,7 @@ class Plan:
     """What happens in one round."""
 
     clone: bool
-    """Whether the original goes on beside the copy, or is gone when it is put back."""
+    """Whether the original goes on at the same time as the copy, or is gone when it is put back."""
     before: int
     """How many readings come before the copy."""
     since: int

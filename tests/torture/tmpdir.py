@@ -1,7 +1,7 @@
 """A temporary directory without room, for all three programs: nothing may depend on it.
 
 SQLite's statement journals spill beyond 64 KiB to SQLITE_TMPDIR, which here is a full file system:
-readings of a size drawn anew for each round come in bursts, while those of before are pruned.
+readings of a size drawn for each round come in bursts, while those of before are pruned.
 """
 
 import json
