@@ -1,4 +1,4 @@
-"""Older copies of a machine's files that are put back, and clones that run at the same time as their original.
+"""Older copies of files that are put back, and clones that run at the same time as their original.
 
 The forwarder is the real process, stopped for the moment in which its files are copied, as a
 disk's snapshot does it; the services are the fakes. Whatever a machine holds in the end has to be
