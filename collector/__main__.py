@@ -28,6 +28,7 @@ from lifecycle import (
 from spool import (
     Ballast,
     Budget,
+    Conditions,
     CorruptFileError,
     DiskFullError,
     NewerFormatError,
@@ -187,6 +188,7 @@ def _collect(
 ) -> None:
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     inbox = Inbox(on_room=stop.wake)
+    conditions = Conditions()
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
     chosen = any(os.environ.get(name, "").strip() for name in ("INSTANCE_ID", "MQTT_CLIENT_ID"))
     identity = KeptIdentity(settings, known, chosen=chosen)
@@ -204,6 +206,7 @@ def _collect(
         watchdog,
         known_filters=known[3:] if known[:3] == broker else (),
         on_subscribed=on_subscribed,
+        conditions=conditions,
     )
     store = Store(
         # Opened again only after SQLITE_FULL, which comes before the sync; a sync that failed
@@ -222,6 +225,7 @@ def _collect(
             budget=Budget(settings.spool_max_bytes),
             ballast=Ballast(settings.spool_dir, settings.spool_max_bytes),
             salvage=salvage,
+            conditions=conditions,
         ),
         dedup_window=settings.dedup_window,
         acknowledge=session.acknowledge,

@@ -64,6 +64,7 @@ class Housekeeping:
         ballast: Given up on a full disk.
         salvage: A damaged spool to read from, if there is one.
         log_watch: Of the spool's write-ahead log; one by the budget where it is not given.
+        conditions: What the spool's view ``health`` shows; other threads put theirs as well.
         clock: Seconds, monotonic.
         now_us: Microseconds since 1970 UTC.
     """
@@ -77,6 +78,7 @@ class Housekeeping:
         ballast: Ballast,
         salvage: Salvage | None = None,
         log_watch: LogWatch | None = None,
+        conditions: Conditions | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
@@ -88,7 +90,7 @@ class Housekeeping:
         self.salvage = salvage
         self.log = log_watch or LogWatch(budget.max_bytes, stands_still=STANDS_STILL, clock=clock)
         """The spool's write-ahead log."""
-        self.conditions = Conditions(clock)
+        self.conditions = conditions or Conditions(clock)
         """What the spool's view ``health`` shows."""
         self._clock = clock
         self._now_us = now_us

@@ -25,6 +25,7 @@ from collector.inbox import Delivered, Inbox
 from collector.packets import Message
 from collector.paho_client import Ack, FastClient
 from lifecycle import Settings, StopRequest, Watchdog, fields
+from spool import Conditions
 
 log = logging.getLogger("collector.mqtt")
 
@@ -74,6 +75,7 @@ class BrokerSession:
         watchdog: Told at each turn.
         known_filters: The filters that the broker's session of this client id already has.
         on_subscribed: Told the filters once the broker has granted them.
+        conditions: Where this session says what is wrong with it, for the spool's view ``health``.
         jitter: Returns a number from 0 to 1.
     """
 
@@ -86,6 +88,7 @@ class BrokerSession:
         *,
         known_filters: Sequence[str] = (),
         on_subscribed: Callable[[Sequence[str]], None] = lambda _: None,
+        conditions: Conditions | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
@@ -94,6 +97,7 @@ class BrokerSession:
         self._watchdog = watchdog
         self._known_filters = tuple(known_filters)
         self._on_subscribed = on_subscribed
+        self._conditions = conditions or Conditions()
         self._jitter = jitter
         self._acks: deque[tuple[int, list[Ack]]] = deque()
         self._connection = _Connection(0, 0.0)

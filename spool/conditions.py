@@ -6,6 +6,7 @@ process says what happened when, this says what holds now.
 """
 
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,26 +48,31 @@ class ConditionFile(Protocol):
 class Conditions:
     """What the owner of a file knows to be wrong. Every part of it puts and clears its own.
 
+    Any thread may put and clear; :meth:`store` belongs to the thread that writes the file.
+
     Args:
         clock: Seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._lock = threading.Lock()
         self._now: dict[str, Condition] = {}
         self._unsaved = True  # the file may hold what an earlier process left
         self._retry_at = float("-inf")
 
     def put(self, condition: Condition) -> None:
         """Say that ``condition`` holds, in the place of any of the same name."""
-        if self._now.get(condition.name) != condition:
-            self._now[condition.name] = condition
-            self._unsaved = True
+        with self._lock:
+            if self._now.get(condition.name) != condition:
+                self._now[condition.name] = condition
+                self._unsaved = True
 
     def clear(self, name: str) -> None:
         """Say that the condition ``name`` is over; no matter if it never was."""
-        if self._now.pop(name, None) is not None:
-            self._unsaved = True
+        with self._lock:
+            if self._now.pop(name, None) is not None:
+                self._unsaved = True
 
     def store(self, file: ConditionFile) -> None:
         """Bring the file up to date, if anything has changed.
@@ -77,12 +83,16 @@ class Conditions:
         """
         if not self._unsaved or self._clock() < self._retry_at:
             return
+        with self._lock:
+            now = list(self._now.values())
+            self._unsaved = False  # what is put while the file is written is for the next call
         try:
-            file.set_conditions(self._now.values())
-        except DiskFullError:
-            self._retry_at = self._clock() + RETRY_S
+            file.set_conditions(now)
+        except BaseException as error:
+            self._unsaved = True
+            if isinstance(error, DiskFullError):
+                self._retry_at = self._clock() + RETRY_S
             raise
-        self._unsaved = False
 
 
 def load_conditions(conn: sqlite3.Connection) -> dict[str, Condition]:
