@@ -27,6 +27,7 @@ from lifecycle import (
 )
 from spool import (
     Ballast,
+    BrokerLink,
     Budget,
     Conditions,
     CorruptFileError,
@@ -189,6 +190,7 @@ def _collect(
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     inbox = Inbox(on_room=stop.wake)
     conditions = Conditions()
+    link = BrokerLink(f"{settings.mqtt_broker}:{settings.mqtt_port}")
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
     chosen = any(os.environ.get(name, "").strip() for name in ("INSTANCE_ID", "MQTT_CLIENT_ID"))
     identity = KeptIdentity(settings, known, chosen=chosen)
@@ -207,6 +209,7 @@ def _collect(
         known_filters=known[3:] if known[:3] == broker else (),
         on_subscribed=on_subscribed,
         conditions=conditions,
+        link=link,
     )
     store = Store(
         # Opened again only after SQLITE_FULL, which comes before the sync; a sync that failed

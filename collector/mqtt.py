@@ -25,7 +25,7 @@ from collector.inbox import Delivered, Inbox
 from collector.packets import Message
 from collector.paho_client import Ack, FastClient
 from lifecycle import Settings, StopRequest, Watchdog, fields
-from spool import Conditions
+from spool import BrokerLink, Conditions
 
 log = logging.getLogger("collector.mqtt")
 
@@ -76,6 +76,7 @@ class BrokerSession:
         known_filters: The filters that the broker's session of this client id already has.
         on_subscribed: Told the filters once the broker has granted them.
         conditions: Where this session says what is wrong with it, for the spool's view ``health``.
+        link: Where it says whether it is connected, for the spool's view ``broker``.
         jitter: Returns a number from 0 to 1.
     """
 
@@ -89,6 +90,7 @@ class BrokerSession:
         known_filters: Sequence[str] = (),
         on_subscribed: Callable[[Sequence[str]], None] = lambda _: None,
         conditions: Conditions | None = None,
+        link: BrokerLink | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
@@ -98,6 +100,7 @@ class BrokerSession:
         self._known_filters = tuple(known_filters)
         self._on_subscribed = on_subscribed
         self._conditions = conditions or Conditions()
+        self._link = link or BrokerLink()
         self._jitter = jitter
         self._acks: deque[tuple[int, list[Ack]]] = deque()
         self._connection = _Connection(0, 0.0)
@@ -271,6 +274,7 @@ class BrokerSession:
         if flags.session_present and set(self._known_filters) == set(wanted):
             # Subscribing again would bring every retained message again.
             self._failures = 0
+            self._link.up()
             return
         stale = [f for f in self._known_filters if f not in wanted]
         if flags.session_present and stale:
@@ -314,6 +318,7 @@ class BrokerSession:
         self._failures = 0
         self._known_filters = filters
         self._on_subscribed(filters)
+        self._link.up()
         log.info("subscribed", extra=fields(filters=filters))
 
     def _after_loss(self) -> None:
@@ -346,6 +351,7 @@ class BrokerSession:
         self._failures += 1
         ceiling = min(RECONNECT_MAX_S, RECONNECT_FIRST_S * 2.0 ** min(self._failures - 1, 10))
         wait_s = ceiling * (0.5 + 0.5 * self._jitter())
+        self._link.down(self._connection.problem)
         log.warning("%s", self._connection.problem, extra=fields(retry_in_s=round(wait_s, 2)))
         deadline = time.monotonic() + wait_s
         while not self._stop.requested and (left_s := deadline - time.monotonic()) > 0:

@@ -53,6 +53,7 @@ Each row carries a CRC of its content, checked when it is read for delivery.
 
 from spool.ahead import Ahead, AheadStep, load_ahead
 from spool.apart import prepare_apart
+from spool.brokerlink import BrokerLink, LinkState
 from spool.conditions import Condition, Conditions
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
 from spool.errors import (
@@ -100,6 +101,7 @@ __all__ = [
     "AheadStep",
     "AppendJournal",
     "Ballast",
+    "BrokerLink",
     "Budget",
     "Condition",
     "Conditions",
@@ -113,6 +115,7 @@ __all__ = [
     "Gap",
     "Journal",
     "Level",
+    "LinkState",
     "LogNotice",
     "LogWatch",
     "NewReading",
