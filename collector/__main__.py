@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from collector.clockwatch import ClockWatch
 from collector.housekeeping import Housekeeping, warn_of_small_disk
 from collector.identity import KeptIdentity
 from collector.inbox import Inbox
@@ -71,6 +72,7 @@ def _body(settings: Settings, stop: StopRequest) -> None:
         if salvage is not None:
             _claim_salvage(salvage, settings.app_env, [sink.read() for sink in sinks])
         claim_environment(writer, settings.app_env, [sink.read() for sink in sinks])
+        writer.beat.begin(settings.app_env)
         warn_of_small_disk(writer, settings.spool_max_bytes)
         _collect(settings, stop, writer, salvage, sinks)
     except CorruptFileError as error:
@@ -229,6 +231,8 @@ def _collect(
             ballast=Ballast(settings.spool_dir, settings.spool_max_bytes),
             salvage=salvage,
             conditions=conditions,
+            link=link,
+            clock_watch=ClockWatch(conditions, writer.received_us(writer.last_seq())),
         ),
         dedup_window=settings.dedup_window,
         acknowledge=session.acknowledge,

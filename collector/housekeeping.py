@@ -6,11 +6,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from collector.clockwatch import ClockWatch
 from lifecycle import fields
 from spool import (
+    BEAT_S,
     SALVAGE_STEP_BYTES,
     SPOOL_DAMAGED,
     Ballast,
+    BrokerLink,
     Budget,
     Condition,
     Conditions,
@@ -28,8 +31,9 @@ from spool import (
 log = logging.getLogger("collector")
 
 PROGRESS_INTERVAL_S = 1.0
-UNCHANGED_PROGRESS_INTERVAL_S = 15.0
-"""So that as_of stays fresh on a quiet system without a write each second."""
+UNCHANGED_PROGRESS_INTERVAL_S = BEAT_S
+"""So that as_of stays fresh on a quiet system without a write each second. A sign of life goes
+along."""
 
 UNDECLARED_INTERVAL_S = 3600.0
 """Between two warnings of the same sink file."""
@@ -65,6 +69,8 @@ class Housekeeping:
         salvage: A damaged spool to read from, if there is one.
         log_watch: Of the spool's write-ahead log; one by the budget where it is not given.
         conditions: What the spool's view ``health`` shows; other threads put theirs as well.
+        link: What the network thread says of the connection to the broker.
+        clock_watch: Looks whether the wall clock was moved.
         clock: Seconds, monotonic.
         now_us: Microseconds since 1970 UTC.
     """
@@ -79,6 +85,8 @@ class Housekeeping:
         salvage: Salvage | None = None,
         log_watch: LogWatch | None = None,
         conditions: Conditions | None = None,
+        link: BrokerLink | None = None,
+        clock_watch: ClockWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
@@ -92,6 +100,9 @@ class Housekeeping:
         """The spool's write-ahead log."""
         self.conditions = conditions or Conditions(clock)
         """What the spool's view ``health`` shows."""
+        self._link = link
+        self._clock_watch = clock_watch
+        self._disk_full = False
         self._clock = clock
         self._now_us = now_us
         self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
@@ -113,6 +124,8 @@ class Housekeeping:
     def turn(self, writer: SpoolWriter) -> None:
         """Do a little of whatever is due."""
         now = self._clock()
+        if self._clock_watch is not None and self._clock_watch.look():
+            self._stored_at = float("-inf")  # by the new time the last sign of life is too old
         if now - self._read_at >= PROGRESS_INTERVAL_S:
             self._read_progress(now)
             for sink in self._progress:
@@ -122,6 +135,7 @@ class Housekeeping:
         if progress := self.progress_if_due():
             writer.write_progress(progress)
         self.conditions.clear("spool_full")  # turns are made between batches that were stored
+        self._look_at_disk(now)
         level = self._level_without_garbage(writer)
         if now - self._level_at >= LEVEL_INTERVAL_S:
             self._level_at = now
@@ -137,7 +151,17 @@ class Housekeeping:
         if now - self._ballast_at >= BALLAST_INTERVAL_S and level < Level.FULL:
             self._ballast_at = now
             self._ballast.take()
+        self._store_health(writer)
+
+    def _store_health(self, writer: SpoolWriter) -> None:
+        if self._link is not None:
+            self._link.store(writer)
         self.conditions.store(writer)
+
+    def _look_at_disk(self, now: float) -> None:
+        if self._disk_full and now - self._level_at >= LEVEL_INTERVAL_S and self._ballast.fits:
+            self._disk_full = False
+            self.conditions.clear("disk_full")
 
     def look_at_log(self, writer: SpoolWriter) -> None:
         """Work the write-ahead log off if it is long, and tell where a reader pins it.
@@ -158,7 +182,28 @@ class Housekeeping:
             self._read_progress(now)
         if progress := self.progress_if_due():
             writer.write_progress(progress)
-        self.conditions.store(writer)
+        self._store_health(writer)
+
+    def report_disk_full(self, writer: SpoolWriter) -> None:
+        """Have ``health`` say that there is no room, as far as there is room for that.
+
+        The ballast was given up for it. Where even that does not help, no sign of life can be
+        written either, which shows as well.
+        """
+        self._disk_full = True
+        directory = writer.path.parent
+        self.conditions.put(
+            Condition(
+                "disk_full",
+                "CRITICAL",
+                f"the disk of {directory} is full: {STANDS_STILL}",
+                f"df -h {directory}; df -i {directory}; make room: it goes on by itself",
+            )
+        )
+        with contextlib.suppress(DiskFullError):
+            self._store_health(writer)
+            if progress := self.progress_if_due():
+                writer.write_progress(progress)
 
     def _level_without_garbage(self, writer: SpoolWriter) -> Level:
         """Return the level; where space is short, rejected messages go first."""
@@ -177,9 +222,18 @@ class Housekeeping:
         return self._budget.group_bytes
 
     def snapshot(self, writer: SpoolWriter) -> None:
-        """Store the sinks' positions now, as the last thing before the end."""
+        """Store the sinks' positions now."""
         self._read_progress(self._clock())
         writer.write_progress(self._progress)
+
+    def end(self, writer: SpoolWriter) -> None:
+        """Store the sinks' positions, and that the collector ends in order: the last thing."""
+        self.snapshot(writer)
+        if self._link is not None:
+            self._link.down("the collector was stopped")
+            self._link.store(writer)
+        writer.set_conditions(())  # who does not run sees nothing
+        writer.beat.end()
 
     def progress_if_due(self) -> list[SinkProgress]:
         """Return the progress that the next transaction should store; empty if none is due."""

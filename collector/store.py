@@ -11,9 +11,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from collector.dedup import DedupWindow
+from collector.group import Group
 from collector.housekeeping import Housekeeping
 from collector.inbox import Delivered, Inbox, parts
 from collector.paho_client import Ack
@@ -44,19 +44,6 @@ LOOP = "writer"
 
 SALVAGE_KEY = "salvage"
 """In meta: how far a damaged spool has been copied; empty once that is done."""
-
-
-@dataclass
-class _Group:
-    """What one transaction will hold, and what is acknowledged after it."""
-
-    readings: list[NewReading] = field(default_factory=list)
-    rejections: list[Rejection] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    acks: list[tuple[int, list[Ack]]] = field(default_factory=list)
-    size: int = 0
-    """Bytes that the readings will take. Rejected messages have a ring of their own, and
-    duplicates take nothing: for neither may a reading be dropped or refused."""
 
 
 class Store:
@@ -140,8 +127,7 @@ class Store:
 
     def _farewell(self) -> None:
         try:
-            self._house.snapshot(self._writer)
-            self._writer.set_conditions(())  # who does not run sees nothing
+            self._house.end(self._writer)
             self._writer.checkpoint()
         except SpoolError as error:
             # Everything acknowledged is durable without it; the next start does it.
@@ -202,9 +188,9 @@ class Store:
                 self._meta.setdefault(key, value)  # unless there is a newer one by now
                 raise
 
-    def _group(self, taken: Sequence[Delivered]) -> _Group:
+    def _group(self, taken: Sequence[Delivered]) -> Group:
         """Sort the messages into readings, duplicates and rejections."""
-        group = _Group()
+        group = Group()
         counts = group.counts
         readings = group.readings
         check, add = self._validator.check, self._window.add
@@ -268,7 +254,7 @@ class Store:
             "nothing; publish with QoS 1",
         )
 
-    def _commit(self, group: _Group) -> bool:
+    def _commit(self, group: Group) -> bool:
         """Make the group durable, waiting for room as the policy says; False if stopped."""
         told_at: float | None = None
         while True:
@@ -345,8 +331,9 @@ class Store:
         # database, which may have free pages, and it begins anew.
         with contextlib.suppress(SpoolError):
             self._writer.checkpoint()
+        self._house.report_disk_full(self._writer)
 
-    def _forget_durable(self, group: _Group) -> None:
+    def _forget_durable(self, group: Group) -> None:
         """Take out of ``group`` what the failed commit did store after all."""
         # All of the group, even where DEDUP_WINDOW is smaller or 0.
         stored = set(self._writer.tail_event_ids(len(group.readings)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from forwarder.batch_delivery import LOOP
 from forwarder.drain import Drain
 from forwarder.loghold import LogHold
+from forwarder.pulse import Pulse
 from forwarder.registry import build
 from lifecycle import (
     SINKS,
@@ -17,12 +18,12 @@ from lifecycle import (
     Program,
     Settings,
     StopRequest,
-    Watchdog,
     fields,
     leave,
     run,
 )
 from spool import (
+    LOGGED,
     CorruptFileError,
     CursorAheadError,
     NewerFormatError,
@@ -70,8 +71,11 @@ def main(arguments: list[str]) -> ExitCode:
 
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
-    watchdog = Watchdog([LOOP], WATCHDOG_S)
     state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes)
+    state.beat.begin(settings.app_env)
+    if settings.app_env == "LOCAL":
+        state.delivered_counter = LOGGED
+    watchdog = Pulse(LOOP, WATCHDOG_S, state)
     sink = build(name, settings, state)
     try:
         Drain(

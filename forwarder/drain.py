@@ -26,6 +26,7 @@ from lifecycle import StopRequest, Watchdog, fields
 from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,
+    DiskFullError,
     FileMissingError,
     Gap,
     Reading,
@@ -151,6 +152,8 @@ class Drain:
                 self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
             raise
         self._batches.set_status("stopped", self._stop.reason)
+        with contextlib.suppress(DiskFullError):
+            self._state.beat.end()
         if self._log_hold is not None:
             self._log_hold.close()
         if self._reader is not None:

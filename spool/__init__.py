@@ -46,13 +46,16 @@ messages are a ring with a share of it, the first to give way. ``DEAD_LETTER_MAX
 which its owner commits nothing more until the reader that keeps it has ended (:class:`LogWatch`).
 
 **Health.** What its owner knows to be wrong with a file stands in its table ``condition``
-(:class:`Conditions`), for people in the view ``health``.
+(:class:`Conditions`), for people in the view ``health``. Each owner leaves a sign of life in its
+file (:class:`spool.beat.OwnerBeat`). The collector copies what the sinks' files say into spool.db,
+so that its view ``health`` shows all that is wrong with an installation.
 
 Each row carries a CRC of its content, checked when it is read for delivery.
 """
 
 from spool.ahead import Ahead, AheadStep, load_ahead
 from spool.apart import prepare_apart
+from spool.beat import BEAT_S
 from spool.brokerlink import BrokerLink, LinkState
 from spool.conditions import Condition, Conditions
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters, Usage
@@ -72,7 +75,7 @@ from spool.guard import claim_environment, pending, refuse_backlog
 from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
 from spool.logwatch import LogNotice, LogWatch
-from spool.progress import SPOOL_DAMAGED, SinkFile, SinkProgress
+from spool.progress import LOGGED, SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import (
     NewReading,
@@ -92,7 +95,9 @@ from spool.space import ROW_OVERHEAD_BYTES, Ballast, Budget, Level
 from spool.writer import SpoolWriter
 
 __all__ = [
+    "BEAT_S",
     "DEAD_LETTER_MAX_BYTES",
+    "LOGGED",
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",
     "SALVAGE_STEP_BYTES",

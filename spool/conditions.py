@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from spool.errors import DiskFullError
 
@@ -36,6 +36,10 @@ class Condition:
     """What it is, with figures."""
     remedy: str
     """What to do: a command, where there is one."""
+
+
+DatedCondition: TypeAlias = tuple[Condition, int]
+"""A condition, and since when it holds, in microseconds since 1970 UTC."""
 
 
 class ConditionFile(Protocol):
@@ -99,6 +103,17 @@ def load_conditions(conn: sqlite3.Connection) -> dict[str, Condition]:
     """Return what the file holds, by name."""
     rows = conn.execute("SELECT name, severity, detail, remedy FROM condition")
     return {name: Condition(name, *rest) for name, *rest in rows}
+
+
+def dated_conditions(conn: sqlite3.Connection) -> tuple[DatedCondition, ...]:
+    """Return what another process's file holds; nothing for one of an older format."""
+    try:
+        rows = conn.execute("SELECT name, severity, detail, remedy, since_us FROM condition")
+        return tuple((Condition(*row[:4]), row[4]) for row in rows)
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return ()
+        raise
 
 
 def write_conditions(

@@ -56,6 +56,11 @@ def _spool_2(db: Database) -> None:
     _run_script(db, "spool_2.sql", 2)
 
 
+@spool_migrations(name="3")
+def _spool_3(db: Database) -> None:
+    _run_script(db, "spool_3.sql", 3)
+
+
 @sink_migrations(name="1")
 def _sink_1(db: Database) -> None:
     _run_script(db, "sink_1.sql", 1)
@@ -74,6 +79,11 @@ def _sink_3(db: Database) -> None:
 @sink_migrations(name="4")
 def _sink_4(db: Database) -> None:
     _run_script(db, "sink_4.sql", 4)
+
+
+@sink_migrations(name="5")
+def _sink_5(db: Database) -> None:
+    _run_script(db, "sink_5.sql", 5)
 
 
 def migrate(

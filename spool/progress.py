@@ -2,9 +2,11 @@
 
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spool.beat import Life, SeenBeat
+from spool.conditions import DatedCondition, dated_conditions
 from spool.connection import BUSY_TIMEOUT_S, open_reader
 from spool.errors import FileMissingError, SpoolError
 from spool.files import sink_path
@@ -12,18 +14,25 @@ from spool.files import sink_path
 SPOOL_DAMAGED = "spool damaged"
 """The state of a forwarder that could not read the spool: asks the collector to look."""
 
+LOGGED = "logged"
+"""The counter of what APP_ENV=LOCAL wrote to the log in the place of the service."""
+
 UNDECLARED = "undeclared"
 """The state of a sink whose file lies in SPOOL_DIR, but which this release does not know."""
 
 
 # What was last seen of a file that cannot be read now is what a new one begins with.
 SET_PROGRESS = (
-    "INSERT INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, "
-    "dropped, state, detail, as_of_us) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (sink) DO UPDATE SET "
+    "INSERT INTO sink_progress (sink, enabled, cursor_seq, delivered, dead_letters, dropped, "
+    "logged, state, detail, as_of_us, mode, state_since_us, beat_us, life) "
+    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (sink) DO UPDATE SET "
     "enabled=excluded.enabled, state=excluded.state, detail=excluded.detail, "
-    "as_of_us=excluded.as_of_us, (cursor_seq, delivered, dead_letters, dropped) = ("
+    "as_of_us=excluded.as_of_us, mode=excluded.mode, state_since_us=excluded.state_since_us, "
+    "beat_us=excluded.beat_us, life=excluded.life, "
+    "(cursor_seq, delivered, dead_letters, dropped, logged) = ("
     "SELECT iif(seen, excluded.cursor_seq, cursor_seq), iif(seen, excluded.delivered, delivered), "
-    "iif(seen, excluded.dead_letters, dead_letters), iif(seen, excluded.dropped, dropped) "
+    "iif(seen, excluded.dead_letters, dead_letters), iif(seen, excluded.dropped, dropped), "
+    "iif(seen, excluded.logged, logged) "
     "FROM (SELECT excluded.state NOT IN ('no file', 'unreadable') AS seen))"
 )
 """Takes a :meth:`SinkProgress.row`."""
@@ -44,6 +53,16 @@ class SinkProgress:
     detail: str = ""
     as_of_us: int = 0
     declared: bool = True
+    logged: int = 0
+    """Under APP_ENV=LOCAL: written to the log, and not sent."""
+    mode: str = ""
+    """The forwarder's APP_ENV."""
+    state_since_us: int = 0
+    beat_us: int = 0
+    """The forwarder's last sign of life; 0 if there is none."""
+    life: Life = "running"
+    conditions: tuple[DatedCondition, ...] = ()
+    """What the forwarder knows to be wrong with its file."""
 
     def position_in(self, epoch: str) -> int:
         """Return the cursor if it belongs to ``epoch``, else 0: then it has passed nothing."""
@@ -58,29 +77,26 @@ class SinkProgress:
             self.delivered,
             self.dead_lettered,
             self.dropped,
+            self.logged,
             self.state,
             self.detail,
             self.as_of_us,
+            self.mode,
+            self.state_since_us,
+            self.beat_us,
+            self.life,
         )
 
+    def condition_rows(self) -> list[tuple[object, ...]]:
+        """Return the rows of ``sink_condition``."""
+        return [
+            (self.sink, c.name, c.severity, since_us, c.detail, c.remedy)
+            for c, since_us in self.conditions
+        ]
+
     def same_as(self, other: "SinkProgress") -> bool:
-        """Return whether nothing but the time differs."""
-        return self == other or _timeless(self) == _timeless(other)
-
-
-def _timeless(p: SinkProgress) -> tuple[object, ...]:
-    return (
-        p.sink,
-        p.enabled,
-        p.epoch,
-        p.seq,
-        p.delivered,
-        p.dead_lettered,
-        p.dropped,
-        p.state,
-        p.detail,
-        p.declared,
-    )
+        """Return whether nothing but the times of the looks and of the signs of life differ."""
+        return replace(self, as_of_us=0, beat_us=0) == replace(other, as_of_us=0, beat_us=0)
 
 
 class SinkFile:
@@ -114,7 +130,9 @@ class SinkFile:
             conn = self._connection()
             cursor = conn.execute("SELECT epoch, seq FROM cursor").fetchone()
             counters = dict(conn.execute("SELECT name, value FROM counter"))
-            status = conn.execute("SELECT state, detail FROM status").fetchone()
+            status = conn.execute("SELECT state, detail, since_us FROM status").fetchone()
+            beat = SeenBeat.read(conn)
+            conditions = dated_conditions(conn)
         except (SpoolError, sqlite3.Error, OSError) as error:
             self.close()
             missing = isinstance(error, FileMissingError | FileNotFoundError)
@@ -126,10 +144,11 @@ class SinkFile:
                 detail=str(error) if self._declared else f"{self._advice()} {error}",
                 as_of_us=now_us,
                 declared=self._declared,
+                life="silent",
             )
         self.was_read = True
         epoch, seq = cursor or ("", 0)
-        state, detail = status or ("starting", "")
+        state, detail, state_since_us = status or ("starting", "", 0)
         if not self._declared:
             state, detail = UNDECLARED, f"{self._advice()} Its own state: {state}."
         return SinkProgress(
@@ -144,6 +163,12 @@ class SinkFile:
             detail=detail,
             as_of_us=now_us,
             declared=self._declared,
+            logged=counters.get(LOGGED, 0),
+            mode=beat.mode if beat else "",
+            state_since_us=state_since_us,
+            beat_us=beat.beat_us if beat else 0,
+            life=beat.life(now_us) if beat else "running",
+            conditions=conditions if self._declared else (),
         )
 
     def _advice(self) -> str:

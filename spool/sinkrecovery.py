@@ -8,12 +8,13 @@ originals. The append journal is not copied: a wrong offset could pass rows for 
 
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spool.connection import open_reader
 from spool.errors import CorruptFileError, SpoolError
 from spool.files import SIDE_SUFFIXES, sink_path, spool_path
+from spool.progress import LOGGED
 from spool.records import READING_COLUMNS, lenient_text, presentable
 
 RESTORED = "restored"
@@ -25,6 +26,9 @@ _SNAPSHOT = (
     "FROM sink_progress AS p, meta AS m, sqlite_sequence AS q WHERE p.sink = ? "
     "AND m.key = 'epoch' AND q.name = 'reading_row' AND p.cursor_seq <= q.seq"
 )
+_LOGGED = "SELECT logged FROM sink_progress WHERE sink = ?"
+"""Apart: a spool that its collector has not yet brought to this release's format has none."""
+
 _DEAD = f"SELECT died_us, reason, detail, epoch, seq, {READING_COLUMNS} FROM dead_letter"  # noqa: S608 - our own constant
 _INSERT_DEAD = (
     f"INSERT INTO dead_letter (died_us, reason, detail, epoch, seq, {READING_COLUMNS}) "  # noqa: S608
@@ -55,6 +59,7 @@ class _Snapshot:
     dead_letters: int
     dropped: int
     as_of_us: int
+    logged: int = 0
 
 
 def refuse_emptied(directory: Path, sink: str) -> None:
@@ -105,6 +110,7 @@ def restore(conn: sqlite3.Connection, directory: Path, sink: str) -> Restored | 
             ("delivered", snapshot.delivered),
             ("dead_lettered", snapshot.dead_letters),
             ("dropped", snapshot.dropped),
+            (LOGGED, snapshot.logged),
         )
         conn.executemany(_INSERT_COUNTER, counts)
     copied = _copy_dead_letters(conn, aside[-1], snapshot)
@@ -120,9 +126,18 @@ def _snapshot(directory: Path, sink: str) -> _Snapshot | None:
     try:
         with closing(open_reader(spool_path(directory))) as spool:
             row = spool.execute(_SNAPSHOT, (sink,)).fetchone()
+            logged = _logged(spool, sink)
     except (SpoolError, sqlite3.Error):
         return None  # no spool, or a damaged one: then everything in the next one is sent
-    return _Snapshot(*row) if row else None
+    return replace(_Snapshot(*row), logged=logged) if row else None
+
+
+def _logged(spool: sqlite3.Connection, sink: str) -> int:
+    try:
+        row = spool.execute(_LOGGED, (sink,)).fetchone()
+    except sqlite3.OperationalError:
+        return 0
+    return int(row[0]) if row else 0
 
 
 def _copy_dead_letters(conn: sqlite3.Connection, damaged: Path, snapshot: _Snapshot | None) -> int:

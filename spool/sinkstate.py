@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spool.ahead import AheadStep, write_ahead
+from spool.beat import FORWARDER_LIMIT_S, OwnerBeat
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import WAL_CHECKPOINT_PAGES, format_version, open_owner
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters
@@ -19,7 +20,7 @@ from spool.files import sink_path
 from spool.logwatch import restart_log, wal_bytes
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
-SINK_FORMAT = 4
+SINK_FORMAT = 5
 
 GAP_ROWS_MAX = 10_000
 """The newest are kept: with drop-oldest each batch can leave one, for as long as the service is
@@ -80,6 +81,10 @@ class SinkState:
         self.restored = restored
         """What the file began with, if this opening made it in the place of a damaged one."""
         self.dead_letters = DeadLetters(self, dead_letter_max_bytes)
+        self.beat = OwnerBeat(self.transaction, FORWARDER_LIMIT_S)
+        """The forwarder's sign of life; goes along where the cursor moves."""
+        self.delivered_counter = "delivered"
+        """Which counter a delivery adds to: ``logged`` where readings are logged and not sent."""
 
     @classmethod
     def open(
@@ -199,7 +204,7 @@ class SinkState:
                     (now_us, s.epoch, gap.first_seq, gap.last_seq, gap.reason),
                 )
             counts = {
-                "delivered": s.delivered,
+                self.delivered_counter: s.delivered,
                 "dead_lettered": new + s.dead_ahead,
                 "dropped": sum(gap.rows for gap in s.gaps),
                 GAPS_FORGOTTEN: _forget_gaps(conn) if s.gaps else 0,
@@ -218,6 +223,7 @@ class SinkState:
                 "updated_us=excluded.updated_us",
                 (s.epoch, s.seq, now_us),
             )
+            self.beat.write_if_due(conn)
 
     def set_status(self, state: str, detail: str) -> None:
         """Say what the forwarder is doing, for people and for the collector's snapshot."""

@@ -91,6 +91,14 @@ class Ballast:
         except OSError:
             return False  # missing, or the disk does not tell: making it says which
 
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has plenty of room, or the file is held."""
+        try:
+            return self.held or shutil.disk_usage(self._path.parent).free >= 4 * self._bytes
+        except OSError:
+            return False
+
     def take(self) -> bool:
         """Make the file if the disk has plenty of room; return whether it is held."""
         if self.held:

@@ -1,19 +1,19 @@
 """The collector's side of spool.db: it inserts, counts and deletes; nobody else writes."""
 
 import sqlite3
-import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spool.beat import COLLECTOR_LIMIT_S, OwnerBeat
 from spool.bell import Bell
+from spool.brokerlink import LinkState
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.deletion import delete_readings
-from spool.errors import CorruptFileError, NewerFormatError, file_fault, translated
+from spool.errors import CorruptFileError, NewerFormatError, translated
 from spool.files import spool_path
 from spool.insertion import (
     ADD_COUNTER,
@@ -27,11 +27,12 @@ from spool.insertion import (
 from spool.logwatch import restart_log, truncate_log, wal_bytes
 from spool.progress import SET_PROGRESS, SinkProgress
 from spool.records import PAYLOAD, NewReading, Rejection
+from spool.spoolmaking import migrate_spool, open_bell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SPOOL_FORMAT = 2
+SPOOL_FORMAT = 3
 
 CHECK_ROWS = 20_000
 """More than any sink reads at once."""
@@ -75,6 +76,9 @@ class SpoolWriter:
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
         self._conditions = load_conditions(conn)
+        self._sink_conditions: list[tuple[object, ...]] | None = None
+        self.beat = OwnerBeat(self._transaction, COLLECTOR_LIMIT_S)
+        """The collector's sign of life; goes along with each snapshot of the sinks."""
         self.rejected_max_bytes = REJECTED_KEPT_BYTES
         """The limit of the ring of rejected messages from the next append on."""
 
@@ -93,7 +97,7 @@ class SpoolWriter:
         path = spool_path(directory)
         refuse_orphaned_log(path)
         # Before the database: whoever can read a row can also listen.
-        bell = _open_bell(directory)
+        bell = open_bell(directory)
         try:
             conn = open_owner(path, synced=synced)
         except BaseException:
@@ -107,7 +111,7 @@ class SpoolWriter:
                     "release that wrote it, or move the file away once it is drained"
                 )
             if version < SPOOL_FORMAT:
-                _migrate(conn, path)
+                migrate_spool(conn, path)
             return cls(conn, path, bell, created=version == 0)
         except sqlite3.Error as error:
             conn.close()
@@ -196,14 +200,20 @@ class SpoolWriter:
         if readings:
             self._bell.ring()
 
-    def write_progress(self, progress: Iterable[SinkProgress]) -> None:
-        """Store a snapshot of the sinks' positions."""
+    def write_progress(self, progress: Sequence[SinkProgress]) -> None:
+        """Store a snapshot of the sinks' positions, and a sign of life."""
         with self._transaction("store the sinks' progress") as conn:
             self._set_progress(conn, progress)
 
-    def _set_progress(self, conn: sqlite3.Connection, progress: Iterable[SinkProgress]) -> None:
+    def _set_progress(self, conn: sqlite3.Connection, progress: Sequence[SinkProgress]) -> None:
+        self.beat.write(conn)
         conn.execute("UPDATE sink_progress SET enabled = 0")  # what is gone leaves the backlog
         conn.executemany(SET_PROGRESS, [p.row(self.epoch) for p in progress])
+        rows = [row for p in progress if p.enabled for row in p.condition_rows()]
+        if rows != self._sink_conditions:
+            conn.execute("DELETE FROM sink_condition")
+            conn.executemany("INSERT INTO sink_condition VALUES (?,?,?,?,?,?)", rows)
+            self._sink_conditions = rows
 
     def delete_through(self, seq: int, counter: str, *, older_than_us: int | None = None) -> int:
         """Delete readings up to ``seq`` and add their number to ``counter``; return it.
@@ -322,6 +332,15 @@ class SpoolWriter:
         self._conditions = wanted
         return True
 
+    def set_broker_link(self, state: LinkState) -> None:
+        """Store whether the collector is connected to its broker."""
+        with self._transaction("store the broker's state") as conn:
+            conn.execute(
+                "INSERT OR REPLACE INTO broker_link (id, connected, address, detail, since_us) "
+                "VALUES (1, ?, ?, ?, ?)",
+                (int(state.connected), state.address, state.detail, state.since_us),
+            )
+
     def return_space(self, max_bytes: int) -> None:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
         try:
@@ -376,25 +395,3 @@ class SpoolWriter:
         """Have SQLite make a checkpoint within a commit where the log is unexpectedly long."""
         pages = int(UNFORESEEN * self._checkpoint_pages) if wanted else 0
         self._conn.execute(f"PRAGMA wal_autocheckpoint={pages}")
-
-
-def _open_bell(directory: Path) -> Bell:
-    try:
-        return Bell.open(directory)
-    except OSError as error:
-        raise file_fault(error, "open the bell", spool_path(directory)) from error
-
-
-def _migrate(conn: sqlite3.Connection, path: Path) -> None:
-    from spool.migrations import migrate, spool_migrations  # noqa: PLC0415 - see that module
-
-    def initialise(conn: sqlite3.Connection) -> None:
-        created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        new = {"epoch": str(uuid.uuid4()), "created_at": created_at, "app_env": ""}
-        for key, value in new.items():
-            conn.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, value))
-
-    try:
-        migrate(conn, spool_migrations, initialise)
-    except OSError as error:
-        raise file_fault(error, "migration", path) from error

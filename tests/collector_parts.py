@@ -200,7 +200,7 @@ class ScriptedWriter(SpoolWriter):
         self.script.appends.append(len(readings) + len(rejections))
         self.script.snapshots += bool(progress)
 
-    def write_progress(self, progress: "Iterator[SinkProgress] | Sequence[SinkProgress]") -> None:  # type: ignore[override]
+    def write_progress(self, progress: "Sequence[SinkProgress]") -> None:
         if self.script.progress_faults:
             raise self.script.progress_faults.popleft()
         super().write_progress(progress)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spool import (
+    LOGGED,
     CorruptFileError,
     DeadLetter,
     Settlement,
@@ -56,6 +57,7 @@ def test_the_cursor_and_the_counters_are_those_of_the_snapshot(tmp_path: Path, e
         "delivered": SETTLED - 2,
         "dead_lettered": 2,
         "dropped": 0,
+        LOGGED: 0,
         RESTORED: 1,
     }
     assert state.restored is not None

@@ -84,14 +84,14 @@ def test_a_copy_in_the_making_makes_the_writer_wait_for_nothing_and_holds_nothin
         house.turn(1.0)
         assert time.monotonic() - begun < connection.BUSY_TIMEOUT_S / 2
         assert shown(house)["copy"][1] == "unreadable"
-        (condition,) = look(house.directory / "spool.db", "SELECT name, detail FROM health")
+        (condition,) = look(house.directory / "spool.db", "SELECT name, detail FROM condition")
         assert condition == ("undeclared_sink", "nothing is pruned behind the cursor of copy")
         copying.execute("ROLLBACK")
     # It is a spool's copy, and no sink's file.
     house.turn(1.0)
     house.turn(1.0)
     assert "copy" not in shown(house)
-    assert look(house.directory / "spool.db", "SELECT * FROM health") == []
+    assert look(house.directory / "spool.db", "SELECT * FROM condition") == []
 
 
 def test_a_sinks_file_that_is_not_declared_holds_pruning_at_its_cursor(

@@ -1,0 +1,167 @@
+"""Signs of life: each process writes one into its own file, others judge it.
+
+The thread that does the work writes it, so a sign of life says that the path moves and not only
+that a process is there. It rides along with what is committed anyway where that can be.
+"""
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from spool.errors import DiskFullError
+
+BEAT_S = 10.0
+"""From one sign of life to the next."""
+
+COLLECTOR_LIMIT_S = 30
+"""So long after the last one the collector counts as silent."""
+
+FORWARDER_LIMIT_S = 180
+"""A delivery may wait three times for Google's client (45 s each) without a turn of the loop."""
+
+GONE_AFTER_S = 15.0
+"""Beyond this age the process itself is looked at: it may be gone, or stopped by a signal."""
+
+Life: TypeAlias = Literal["running", "silent", "stopped"]
+
+_BEGIN = (
+    "UPDATE beat SET mode = ?, pid = ?, start_ticks = ?, started_us = ?, beat_us = ?, "
+    "limit_s = ?, ended = 0"
+)
+_STAT_STATE, _STAT_START = 0, 19
+"""Of /proc/PID/stat, counted from behind the command's name (proc(5): fields 3 and 22)."""
+
+
+class OwnerBeat:
+    """The sign of life of the process that owns a file.
+
+    Args:
+        transaction: Gives out the file's connection within a transaction.
+        limit_s: Of this kind of process.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        transaction: Callable[[str], AbstractContextManager[sqlite3.Connection]],
+        limit_s: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transaction = transaction
+        self._limit_s = limit_s
+        self._clock = clock
+        self._at = float("-inf")
+
+    def begin(self, mode: str) -> None:
+        """Say that this process has begun, under the APP_ENV ``mode``.
+
+        Raises:
+            StorageFaultError: The file cannot be written; DiskFullError if there is no room.
+        """
+        now_us = time.time_ns() // 1000
+        pid = os.getpid()
+        stat = _stat(pid)
+        ticks = stat[1] if stat else 0
+        with self._transaction("write a sign of life") as conn:
+            conn.execute(_BEGIN, (mode, pid, ticks, now_us, now_us, self._limit_s))
+        self._at = self._clock()
+
+    def write(self, conn: sqlite3.Connection) -> None:
+        """Write one within a transaction that is made anyway."""
+        conn.execute("UPDATE beat SET beat_us = ?", (time.time_ns() // 1000,))
+        self._at = self._clock()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is BEAT_S old."""
+        return self._clock() - self._at >= BEAT_S
+
+    def write_if_due(self, conn: sqlite3.Connection) -> None:
+        """Write one within a transaction that is made anyway, if one is due."""
+        if self.due:
+            self.write(conn)
+
+    def turn(self) -> None:
+        """Write one if one is due; on a full disk there is none, and that shows.
+
+        Raises:
+            StorageFaultError: The file cannot be written.
+        """
+        if not self.due:
+            return
+        self._at = self._clock()  # on a full disk as well: it is not tried at each turn
+        try:
+            with self._transaction("write a sign of life") as conn:
+                self.write(conn)
+        except DiskFullError:
+            return
+
+    def end(self) -> None:
+        """Say that the process ends in order.
+
+        Raises:
+            StorageFaultError: The file cannot be written; DiskFullError if there is no room.
+        """
+        with self._transaction("write the last sign of life") as conn:
+            conn.execute("UPDATE beat SET beat_us = ?, ended = 1", (time.time_ns() // 1000,))
+
+
+@dataclass(frozen=True, slots=True)
+class SeenBeat:
+    """Another process's last sign of life."""
+
+    mode: str
+    pid: int
+    start_ticks: int
+    beat_us: int
+    limit_s: int
+    ended: bool
+
+    @classmethod
+    def read(cls, conn: sqlite3.Connection) -> "SeenBeat | None":
+        """Return what a file holds; None in one of an older format."""
+        try:
+            row = conn.execute(
+                "SELECT mode, pid, start_ticks, beat_us, limit_s, ended FROM beat"
+            ).fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return None
+            raise
+        if row is None:
+            return None
+        mode, pid, start_ticks, beat_us, limit_s, ended = row
+        return cls(mode, pid, start_ticks, beat_us, limit_s, bool(ended))
+
+    def life(self, now_us: int) -> Life:
+        """Return what it says at ``now_us`` (microseconds since 1970 UTC)."""
+        if self.ended:
+            return "stopped"
+        age_s = (now_us - self.beat_us) / 1e6
+        if age_s > self.limit_s:
+            return "silent"
+        if age_s > GONE_AFTER_S and not _works(self.pid, self.start_ticks):
+            return "silent"
+        return "running"
+
+
+def _works(pid: int, start_ticks: int) -> bool:
+    """Return whether it is there still, the same one, and not stopped by a signal."""
+    stat = _stat(pid)
+    return stat is not None and stat[1] == start_ticks and stat[0] not in "TtZX"
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return a process's state and start time in clock ticks; None if there is none."""
+    try:
+        # The command's name stands in parentheses and may hold any.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = text.rpartition(")")[2].split()
+    return found[_STAT_STATE], int(found[_STAT_START])

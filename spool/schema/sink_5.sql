@@ -1,0 +1,51 @@
+-- pubsub.db and bigquery.db, format 5: a sign of life, and what was only logged counts apart.
+--
+-- The counter logged: readings that APP_ENV=LOCAL wrote to the log in the place of the service.
+-- delivered + logged + dead_lettered + dropped = what the cursor has passed.
+
+-- The forwarder's sign of life, written by the thread that delivers. One row.
+CREATE TABLE beat (
+    id          INTEGER PRIMARY KEY CHECK (id = 1),
+    mode        TEXT    NOT NULL,  -- APP_ENV
+    pid         INTEGER NOT NULL,  -- 0 before the first start under this format
+    start_ticks INTEGER NOT NULL,  -- field 22 of /proc/PID/stat: tells a process from its successor
+    started_us  INTEGER NOT NULL,
+    beat_us     INTEGER NOT NULL,
+    limit_s     INTEGER NOT NULL,  -- older than this: the process is dead, stopped or stuck
+    ended       INTEGER NOT NULL CHECK (ended IN (0, 1))  -- 1 after an orderly end
+) STRICT;
+
+INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 180, 0);
+
+DROP VIEW health;
+
+-- What is wrong with this sink; empty when all is well. The view of spool.db has all sinks.
+CREATE VIEW health AS
+WITH age AS (
+    SELECT *, (julianday('now') - 2440587.5) * 86400.0 - beat_us / 1e6 AS age_s FROM beat
+),
+wrong (name, severity, since_us, detail, remedy) AS (
+    SELECT
+        iif(ended, 'forwarder_stopped', 'forwarder_silent'), 'CRITICAL', beat_us,
+        iif(ended, 'this forwarder was stopped', 'no sign of life for ' || CAST(age_s AS INTEGER) || ' s (pid ' || pid || ')')
+            || ': nothing is delivered to this sink, the spool keeps it',
+        'supervisorctl status'
+    FROM age WHERE ended OR age_s > limit_s
+    UNION ALL
+    SELECT 'sink_on_hold', 'CRITICAL', since_us, detail, 'the detail names it; delivery goes on within a minute after it'
+    FROM status WHERE state IN ('on hold', 'spool damaged')
+    UNION ALL
+    SELECT 'sink_retrying', 'WARNING', since_us, detail, 'wait: it goes on by itself when the service can be reached'
+    FROM status
+    WHERE state = 'retrying' AND (julianday('now') - 2440587.5) * 86400.0 - since_us / 1e6 > 300
+    UNION ALL
+    SELECT name, severity, since_us, detail, remedy FROM condition
+)
+SELECT
+    name,
+    severity,
+    strftime('%Y-%m-%dT%H:%M:%SZ', since_us / 1000000, 'unixepoch') AS since,
+    detail,
+    remedy
+FROM wrong
+ORDER BY severity, name;

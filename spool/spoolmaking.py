@@ -1,0 +1,42 @@
+"""What makes spool.db whole: its tables, its epoch, and the bell that tells of new rows."""
+
+import sqlite3
+import time
+import uuid
+from pathlib import Path
+
+from spool.bell import Bell
+from spool.errors import file_fault
+from spool.files import spool_path
+
+
+def open_bell(directory: Path) -> Bell:
+    """Return the bell that tells of new rows.
+
+    Raises:
+        StorageFaultError: It cannot be made.
+    """
+    try:
+        return Bell.open(directory)
+    except OSError as error:
+        raise file_fault(error, "open the bell", spool_path(directory)) from error
+
+
+def migrate_spool(conn: sqlite3.Connection, path: Path) -> None:
+    """Bring the file to the current format; give a new one its epoch.
+
+    Raises:
+        StorageFaultError: It cannot be written.
+    """
+    from spool.migrations import migrate, spool_migrations  # noqa: PLC0415 - see that module
+
+    def initialise(conn: sqlite3.Connection) -> None:
+        created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        new = {"epoch": str(uuid.uuid4()), "created_at": created_at, "app_env": ""}
+        for key, value in new.items():
+            conn.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+    try:
+        migrate(conn, spool_migrations, initialise)
+    except OSError as error:
+        raise file_fault(error, "migration", path) from error
