@@ -181,7 +181,7 @@ def test_the_sinks_positions_ride_along_with_the_first_group(desk: Callable[...,
     # One with the group, and the last one at the end; none of its own in between.
     assert d.script.snapshots == 2
     shown = look(spool_path(d.directory), "SELECT sink, pending, state FROM backlog")
-    assert shown == [("pubsub", 1, "starting")]
+    assert shown == [("pubsub", 1, "unknown")]
 
 
 def test_what_is_to_be_remembered_is_in_meta_after_the_next_turn(desk: Callable[..., Desk]) -> None:
