@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from collector.clockwatch import ClockWatch
+from collector.diskhealth import DiskHealth
 from lifecycle import fields
 from spool import (
     BEAT_S,
@@ -102,7 +103,7 @@ class Housekeeping:
         """What the spool's view ``health`` shows."""
         self._link = link
         self._clock_watch = clock_watch
-        self._disk_full = False
+        self._disk = DiskHealth(self.conditions, ballast, STANDS_STILL, clock)
         self._clock = clock
         self._now_us = now_us
         self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
@@ -135,7 +136,7 @@ class Housekeeping:
         if progress := self.progress_if_due():
             writer.write_progress(progress)
         self.conditions.clear("spool_full")  # turns are made between batches that were stored
-        self._look_at_disk(now)
+        self._disk.look(writer.path.parent)
         level = self._level_without_garbage(writer)
         if now - self._level_at >= LEVEL_INTERVAL_S:
             self._level_at = now
@@ -157,11 +158,6 @@ class Housekeeping:
         if self._link is not None:
             self._link.store(writer)
         self.conditions.store(writer)
-
-    def _look_at_disk(self, now: float) -> None:
-        if self._disk_full and now - self._level_at >= LEVEL_INTERVAL_S and self._ballast.fits:
-            self._disk_full = False
-            self.conditions.clear("disk_full")
 
     def look_at_log(self, writer: SpoolWriter) -> None:
         """Work the write-ahead log off if it is long, and tell where a reader pins it.
@@ -190,16 +186,7 @@ class Housekeeping:
         The ballast was given up for it. Where even that does not help, no sign of life can be
         written either, which shows as well.
         """
-        self._disk_full = True
-        directory = writer.path.parent
-        self.conditions.put(
-            Condition(
-                "disk_full",
-                "CRITICAL",
-                f"the disk of {directory} is full: {STANDS_STILL}",
-                f"df -h {directory}; df -i {directory}; make room: it goes on by itself",
-            )
-        )
+        self._disk.full(writer.path.parent)
         with contextlib.suppress(DiskFullError):
             self._store_health(writer)
             if progress := self.progress_if_due():
@@ -226,14 +213,14 @@ class Housekeeping:
         self._read_progress(self._clock())
         writer.write_progress(self._progress)
 
-    def end(self, writer: SpoolWriter) -> None:
+    def end(self, writer: SpoolWriter, why: str) -> None:
         """Store the sinks' positions, and that the collector ends in order: the last thing."""
         self.snapshot(writer)
         if self._link is not None:
             self._link.down("the collector was stopped")
             self._link.store(writer)
         writer.set_conditions(())  # who does not run sees nothing
-        writer.beat.end()
+        writer.beat.end("stopped", why)
 
     def progress_if_due(self) -> list[SinkProgress]:
         """Return the progress that the next transaction should store; empty if none is due."""

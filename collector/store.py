@@ -123,11 +123,13 @@ class Store:
                 log.warning("ends while the disk is full; the broker keeps its messages")
                 return
             self.failure = error
+            with contextlib.suppress(SpoolError):
+                self._writer.beat.end("failed", str(error) or type(error).__name__)
             self._stop.request("the writer thread failed")
 
     def _farewell(self) -> None:
         try:
-            self._house.end(self._writer)
+            self._house.end(self._writer, self._stop.reason)
             self._writer.checkpoint()
         except SpoolError as error:
             # Everything acknowledged is durable without it; the next start does it.

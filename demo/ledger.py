@@ -25,7 +25,7 @@ class SinkFigures:
     """Where one sink stands."""
 
     name: str
-    delivered: int = 0
+    logged: int = 0
     dead_lettered: int = 0
     dropped: int = 0
     pending: int = 0
@@ -62,7 +62,7 @@ def read_figures(spool_dir: Path) -> Figures:
         sinks = tuple(
             SinkFigures(
                 name=name,
-                delivered=state.counters.get("delivered", 0),
+                logged=state.counters.get("logged", 0),
                 dead_lettered=state.counters.get("dead_lettered", 0),
                 dropped=state.counters.get("dropped", 0),
                 pending=_pending(spool, state.cursors),

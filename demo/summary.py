@@ -57,11 +57,11 @@ def _delivery(spooled: int, sink: SinkFigures) -> Check:
     # The demo's sinks refuse nothing and its spool is never full: one of these is a loss.
     losses = [("dead", sink.dead_lettered), ("dropped", sink.dropped)]
     losses = [(word, number) for word, number in losses if number]
-    parts = [("delivered", sink.delivered), ("pending", sink.pending), *losses]
+    parts = [("logged", sink.logged), ("pending", sink.pending), *losses]
     return Check(
         f"{sink.name}: spooled = " + " + ".join(word for word, _ in parts),
         f"{spooled} = " + " + ".join(str(number) for _, number in parts),
-        spooled == sink.delivered + sink.pending and not losses,
+        spooled == sink.logged + sink.pending and not losses,
     )
 
 

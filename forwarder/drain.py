@@ -145,15 +145,16 @@ class Drain:
         """
         try:
             self._loop()
-        except SpoolError as error:
+        except Exception as error:
             # The file says why it stands still, also to who does not read logs.
             damaged = isinstance(error, CorruptFileError) and error.path == self._spool_path
             with contextlib.suppress(SpoolError):
                 self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
+                self._state.beat.end("failed", str(error) or type(error).__name__)
             raise
         self._batches.set_status("stopped", self._stop.reason)
         with contextlib.suppress(DiskFullError):
-            self._state.beat.end()
+            self._state.beat.end("stopped", self._stop.reason)
         if self._log_hold is not None:
             self._log_hold.close()
         if self._reader is not None:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from spool.errors import DiskFullError
+from spool.texts import shown
 
-BEAT_S = 10.0
-"""From one sign of life to the next."""
+BEAT_S = 15.0
+"""From one sign of life to the next, where nothing else is committed."""
 
-COLLECTOR_LIMIT_S = 30
-"""So long after the last one the collector counts as silent."""
+RIDE_FROM_S = 10.0
+"""A commit that takes place anyway takes one along when the last one is so old."""
+
+COLLECTOR_LIMIT_S = 40
+"""So long after the last one the collector counts as silent: two, and a slow disk."""
 
 FORWARDER_LIMIT_S = 180
 """A delivery may wait three times for Google's client (45 s each) without a turn of the loop."""
@@ -27,11 +31,12 @@ FORWARDER_LIMIT_S = 180
 GONE_AFTER_S = 15.0
 """Beyond this age the process itself is looked at: it may be gone, or stopped by a signal."""
 
-Life: TypeAlias = Literal["running", "silent", "stopped"]
+End: TypeAlias = Literal["stopped", "failed"]
+Life: TypeAlias = Literal["running", "silent", "stopped", "failed"]
 
 _BEGIN = (
     "UPDATE beat SET mode = ?, pid = ?, start_ticks = ?, started_us = ?, beat_us = ?, "
-    "limit_s = ?, ended = 0"
+    "limit_s = ?, state = 'running', detail = ''"
 )
 _STAT_STATE, _STAT_START = 0, 19
 """Of /proc/PID/stat, counted from behind the command's name (proc(5): fields 3 and 22)."""
@@ -83,7 +88,7 @@ class OwnerBeat:
 
     def write_if_due(self, conn: sqlite3.Connection) -> None:
         """Write one within a transaction that is made anyway, if one is due."""
-        if self.due:
+        if self._clock() - self._at >= RIDE_FROM_S:
             self.write(conn)
 
     def turn(self) -> None:
@@ -101,14 +106,17 @@ class OwnerBeat:
         except DiskFullError:
             return
 
-    def end(self) -> None:
-        """Say that the process ends in order.
+    def end(self, state: End, detail: str) -> None:
+        """Say that the process ends, and why.
 
         Raises:
             StorageFaultError: The file cannot be written; DiskFullError if there is no room.
         """
         with self._transaction("write the last sign of life") as conn:
-            conn.execute("UPDATE beat SET beat_us = ?, ended = 1", (time.time_ns() // 1000,))
+            conn.execute(
+                "UPDATE beat SET beat_us = ?, state = ?, detail = ?",
+                (time.time_ns() // 1000, state, shown(detail)),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +128,15 @@ class SeenBeat:
     start_ticks: int
     beat_us: int
     limit_s: int
-    ended: bool
+    state: str
+    detail: str
 
     @classmethod
     def read(cls, conn: sqlite3.Connection) -> "SeenBeat | None":
         """Return what a file holds; None in one of an older format."""
         try:
             row = conn.execute(
-                "SELECT mode, pid, start_ticks, beat_us, limit_s, ended FROM beat"
+                "SELECT mode, pid, start_ticks, beat_us, limit_s, state, detail FROM beat"
             ).fetchone()
         except sqlite3.OperationalError as error:
             if "no such table" in str(error):
@@ -135,19 +144,32 @@ class SeenBeat:
             raise
         if row is None:
             return None
-        mode, pid, start_ticks, beat_us, limit_s, ended = row
-        return cls(mode, pid, start_ticks, beat_us, limit_s, bool(ended))
+        return cls(*row)
 
-    def life(self, now_us: int) -> Life:
-        """Return what it says at ``now_us`` (microseconds since 1970 UTC)."""
-        if self.ended:
-            return "stopped"
-        age_s = (now_us - self.beat_us) / 1e6
-        if age_s > self.limit_s:
+
+class LifeWatch:
+    """Judges the signs of life of one other process."""
+
+    def __init__(self) -> None:
+        self._process = (0, 0)
+        self._visible = False
+        """Whether /proc shows the process; not where it is in another PID namespace."""
+
+    def life(self, beat: SeenBeat, now_us: int) -> Life:
+        """Return what ``beat`` says at ``now_us`` (microseconds since 1970 UTC)."""
+        if beat.state in {"stopped", "failed"}:
+            return "stopped" if beat.state == "stopped" else "failed"
+        age_s = (now_us - beat.beat_us) / 1e6
+        process = (beat.pid, beat.start_ticks)
+        if abs(age_s) <= GONE_AFTER_S:
+            if process != self._process:
+                self._process, self._visible = process, _works(*process)
+            return "running"
+        if age_s > beat.limit_s:
             return "silent"
-        if age_s > GONE_AFTER_S and not _works(self.pid, self.start_ticks):
-            return "silent"
-        return "running"
+        # By a clock that was set back, the age of a dead process's last one is below zero.
+        known = process != self._process or self._visible
+        return "silent" if known and not _works(*process) else "running"
 
 
 def _works(pid: int, start_ticks: int) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from spool.texts import shown
+
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
@@ -63,7 +65,7 @@ class BrokerLink:
         with self._lock:
             before = self.state
             since_us = before.since_us if before.connected == connected else self._now_us()
-            self.state = LinkState(connected, before.address, detail, since_us)
+            self.state = LinkState(connected, before.address, shown(detail), since_us)
 
     def store(self, file: LinkFile) -> None:
         """Bring the file up to date, if anything has changed.

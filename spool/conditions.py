@@ -9,10 +9,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 from spool.errors import DiskFullError
+from spool.texts import shown
 
 RETRY_S = 60.0
 """How long a condition that found no room on the disk waits for the next attempt."""
@@ -67,6 +68,9 @@ class Conditions:
 
     def put(self, condition: Condition) -> None:
         """Say that ``condition`` holds, in the place of any of the same name."""
+        # People read it in terminals, and it may hold the words of a broker or a service.
+        texts = shown(condition.detail), shown(condition.remedy)
+        condition = replace(condition, detail=texts[0], remedy=texts[1])
         with self._lock:
             if self._now.get(condition.name) != condition:
                 self._now[condition.name] = condition
@@ -109,7 +113,10 @@ def dated_conditions(conn: sqlite3.Connection) -> tuple[DatedCondition, ...]:
     """Return what another process's file holds; nothing for one of an older format."""
     try:
         rows = conn.execute("SELECT name, severity, detail, remedy, since_us FROM condition")
-        return tuple((Condition(*row[:4]), row[4]) for row in rows)
+        return tuple(
+            (Condition(shown(name), severity, shown(detail), shown(remedy)), since_us)
+            for name, severity, detail, remedy, since_us in rows
+        )
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):
             return ()

@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spool.beat import Life, SeenBeat
+from spool.beat import Life, LifeWatch, SeenBeat
 from spool.conditions import DatedCondition, dated_conditions
 from spool.connection import BUSY_TIMEOUT_S, open_reader
 from spool.errors import FileMissingError, SpoolError
 from spool.files import sink_path
+from spool.texts import shown
 
 SPOOL_DAMAGED = "spool damaged"
 """The state of a forwarder that could not read the spool: asks the collector to look."""
@@ -116,6 +117,7 @@ class SinkFile:
         self._declared = declared
         self._conn: sqlite3.Connection | None = None
         self._inode = 0
+        self._watch = LifeWatch()
         self.was_read = False
         """Whether it could be read at least once: then it is a sink's file for certain."""
 
@@ -149,6 +151,8 @@ class SinkFile:
         self.was_read = True
         epoch, seq = cursor or ("", 0)
         state, detail, state_since_us = status or ("starting", "", 0)
+        if beat is not None and beat.state == "failed":
+            detail = beat.detail
         if not self._declared:
             state, detail = UNDECLARED, f"{self._advice()} Its own state: {state}."
         return SinkProgress(
@@ -160,16 +164,22 @@ class SinkFile:
             dead_lettered=counters.get("dead_lettered", 0),
             dropped=counters.get("dropped", 0),
             state=state,
-            detail=detail,
+            detail=shown(detail),
             as_of_us=now_us,
             declared=self._declared,
             logged=counters.get(LOGGED, 0),
             mode=beat.mode if beat else "",
             state_since_us=state_since_us,
             beat_us=beat.beat_us if beat else 0,
-            life=beat.life(now_us) if beat else "running",
+            life=self._life(beat, now_us),
             conditions=conditions if self._declared else (),
         )
+
+    def _life(self, beat: SeenBeat | None, now_us: int) -> Life:
+        if beat is None:
+            # Its forwarder has not come up since this release was installed.
+            return "silent" if self._declared else "running"
+        return self._watch.life(beat, now_us)
 
     def _advice(self) -> str:
         path = self._path

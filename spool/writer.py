@@ -146,6 +146,7 @@ class SpoolWriter:
             raise
 
     def _roll_back(self) -> None:
+        self._sink_conditions = None  # what was stored of them is taken back as well
         try:
             if self._conn.in_transaction:
                 self._conn.execute("ROLLBACK")

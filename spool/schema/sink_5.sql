@@ -12,10 +12,11 @@ CREATE TABLE beat (
     started_us  INTEGER NOT NULL,
     beat_us     INTEGER NOT NULL,
     limit_s     INTEGER NOT NULL,  -- older than this: the process is dead, stopped or stuck
-    ended       INTEGER NOT NULL CHECK (ended IN (0, 1))  -- 1 after an orderly end
+    state       TEXT    NOT NULL CHECK (state IN ('running', 'stopped', 'failed')),
+    detail      TEXT    NOT NULL   -- why it ended
 ) STRICT;
 
-INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 180, 0);
+INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 180, 'running', '');
 
 DROP VIEW health;
 
@@ -26,11 +27,15 @@ WITH age AS (
 ),
 wrong (name, severity, since_us, detail, remedy) AS (
     SELECT
-        iif(ended, 'forwarder_stopped', 'forwarder_silent'), 'CRITICAL', beat_us,
-        iif(ended, 'this forwarder was stopped', 'no sign of life for ' || CAST(age_s AS INTEGER) || ' s (pid ' || pid || ')')
+        'forwarder_' || iif(state = 'running', 'silent', state), 'CRITICAL', beat_us,
+        CASE state
+            WHEN 'stopped' THEN 'this forwarder was stopped'
+            WHEN 'failed' THEN 'this forwarder has ended with an error'
+            ELSE 'no sign of life for ' || CAST(age_s AS INTEGER) || ' s (pid ' || pid || ')'
+        END || iif(detail <> '', ' (' || detail || ')', '')
             || ': nothing is delivered to this sink, the spool keeps it',
         'supervisorctl status'
-    FROM age WHERE ended OR age_s > limit_s
+    FROM age WHERE state <> 'running' OR age_s > limit_s
     UNION ALL
     SELECT 'sink_on_hold', 'CRITICAL', since_us, detail, 'the detail names it; delivery goes on within a minute after it'
     FROM status WHERE state IN ('on hold', 'spool damaged')

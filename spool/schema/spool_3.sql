@@ -9,10 +9,11 @@ CREATE TABLE beat (
     started_us  INTEGER NOT NULL,
     beat_us     INTEGER NOT NULL,
     limit_s     INTEGER NOT NULL,  -- older than this: the process is dead, stopped or stuck
-    ended       INTEGER NOT NULL CHECK (ended IN (0, 1))  -- 1 after an orderly end
+    state       TEXT    NOT NULL CHECK (state IN ('running', 'stopped', 'failed')),
+    detail      TEXT    NOT NULL   -- why it ended
 ) STRICT;
 
-INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 30, 0);
+INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 40, 'running', '');
 
 -- The connection to the broker, written when it changes. One row, or none before the first.
 CREATE TABLE broker_link (
@@ -37,7 +38,7 @@ ALTER TABLE sink_progress ADD COLUMN logged INTEGER NOT NULL DEFAULT 0;       --
 ALTER TABLE sink_progress ADD COLUMN state_since_us INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sink_progress ADD COLUMN beat_us INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sink_progress ADD COLUMN life TEXT NOT NULL DEFAULT 'running'
-    CHECK (life IN ('running', 'silent', 'stopped'));
+    CHECK (life IN ('running', 'silent', 'stopped', 'failed'));
 
 -- The conditions of the sinks' files, as the collector last saw them there.
 CREATE TABLE sink_condition (
@@ -54,13 +55,14 @@ CREATE TABLE sink_condition (
 CREATE VIEW collector AS
 WITH age AS (SELECT *, (julianday('now') - 2440587.5) * 86400.0 - beat_us / 1e6 AS age_s FROM beat)
 SELECT
-    CASE WHEN ended THEN 'stopped' WHEN age_s > limit_s THEN 'silent' ELSE 'running' END AS state,
+    CASE WHEN age.state = 'running' AND age_s > limit_s THEN 'silent' ELSE age.state END AS state,
     mode,
     pid,
     strftime('%Y-%m-%dT%H:%M:%SZ', nullif(started_us, 0) / 1000000, 'unixepoch') AS started_at,
     strftime('%Y-%m-%dT%H:%M:%SZ', beat_us / 1000000, 'unixepoch') AS as_of,
     round(age_s, 1) AS age_s,
-    limit_s
+    limit_s,
+    detail
 FROM age;
 
 DROP VIEW health;
@@ -72,9 +74,10 @@ WITH wrong (subject, name, severity, since_us, detail, remedy) AS (
     SELECT
         'collector', 'collector_' || c.state, 'CRITICAL', b.beat_us,
         CASE c.state
-            WHEN 'stopped' THEN 'the collector was stopped: nothing is received, the broker keeps what it can'
+            WHEN 'stopped' THEN 'the collector was stopped (' || c.detail || '): nothing is received, the broker keeps what it can'
+            WHEN 'failed' THEN 'the collector has ended with an error: ' || c.detail
             ELSE 'no sign of life of the collector (pid ' || c.pid || ') since ' || c.as_of
-                || ', and one is due each ' || c.limit_s / 3 || ' s: it is dead, suspended, or its disk does not answer'
+                || '; the limit is ' || c.limit_s || ' s: it is dead, suspended, or its disk does not answer'
         END,
         CASE c.state
             WHEN 'stopped' THEN 'supervisorctl start collector'
@@ -100,7 +103,8 @@ WITH wrong (subject, name, severity, since_us, detail, remedy) AS (
         sink, 'forwarder_' || life, 'CRITICAL', nullif(beat_us, 0),
         CASE
             WHEN life = 'stopped' THEN 'forwarder-' || sink || ' was stopped: nothing is delivered to this sink, the spool keeps it'
-            WHEN state = 'no file' THEN 'forwarder-' || sink || ' has never run here: ' || detail
+            WHEN life = 'failed' THEN 'forwarder-' || sink || ' has ended with an error: ' || detail
+            WHEN beat_us = 0 THEN 'forwarder-' || sink || ' of this release has not run here: ' || iif(detail <> '', detail, state)
             ELSE 'no sign of life of forwarder-' || sink || ' since '
                 || strftime('%Y-%m-%dT%H:%M:%SZ', beat_us / 1000000, 'unixepoch') || ': it is dead, suspended, or stuck'
         END,

@@ -90,7 +90,7 @@ class Gate:
         books = Books(self.directory)
         ((cursor,),) = books.rows("pubsub", "SELECT coalesce(max(seq), 0) FROM cursor") or [(0,)]
         counts = dict(books.rows("pubsub", "SELECT name, value FROM counter"))
-        names = ("delivered", "dead_lettered", "dropped")
+        names = ("delivered", "logged", "dead_lettered", "dropped")
         return int(cursor), sum(counts.get(n, 0) for n in names), counts.get("dead_lettered", 0)
 
     def note_memory(self) -> None:

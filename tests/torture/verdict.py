@@ -101,7 +101,9 @@ def _spool(
     if counts["spooled"] != last:
         found.append(Violation(Wrong.SUMS, f"{counts}, but the last seq is {last}"))
     for sink in sinks:
-        passed = sum(sink.counters.get(n, 0) for n in ("delivered", "dead_lettered", "dropped"))
+        passed = sum(
+            sink.counters.get(n, 0) for n in ("delivered", "logged", "dead_lettered", "dropped")
+        )
         if passed != sink.position:
             text = f"{sink.name}: {sink.counters}, but the cursor is at {sink.position}"
             found.append(Violation(Wrong.SUMS, text))
