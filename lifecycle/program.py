@@ -69,6 +69,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     run_dir = environ.get(RUN_DIR_VARIABLE, "")
     settings = found.settings
     if settings is None:
+        _warn_of_settings(found.warnings)
         _report_settings(found.problems)
         reason = "; ".join(found.problems)
         note_refusal(run_dir, program.role, found.fingerprint, reason, 0.0)
@@ -78,6 +79,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     variables, proxy_problems = proxies_for_grpc(environ)
     environ.update(variables)
     configure_logging(program.role, settings.log_level, settings.log_format)
+    _warn_of_settings(found.warnings)
     for problem in proxy_problems:
         log.warning("the proxy: %s", problem)
     refusal = read_refusal(run_dir, program.role)
@@ -190,6 +192,11 @@ def _prepare_directory(directory: Path) -> None:
     if not directory.exists():
         directory.mkdir(parents=True)
         directory.chmod(0o2750)
+
+
+def _warn_of_settings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        log.warning("settings: %s", warning)
 
 
 def _report_settings(problems: Sequence[str]) -> None:

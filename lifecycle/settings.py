@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from lifecycle.addresses import broker_host, check_host, without_user
 from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
 
@@ -70,7 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bigquery_dataset: Dataset = ""
     bigquery_table: Table = ""
     pubsub_topic: Topic = ""
-    mqtt_broker: Annotated[str, Meta(pattern=r"^[^\s/]+$")] = "localhost"
+    mqtt_broker: str = "localhost"
     mqtt_port: Port = 1883
     mqtt_topic: tuple[str, ...] = ("FCTS/FAE/+/SolvExtract/+",)
     mqtt_client_id: ClientId = ""
@@ -125,7 +126,7 @@ _EXPECTED = {
     "bigquery_dataset": "a dataset id: letters, digits and underscores",
     "bigquery_table": "a table id, without project and dataset",
     "pubsub_topic": "a topic id of at least 3 characters, or projects/PROJECT/topics/TOPIC",
-    "mqtt_broker": "a host name or address",
+    "mqtt_broker": "a host name or address, without port",
     "mqtt_port": "a port number from 1 to 65535",
     "mqtt_topic": "MQTT topic filters, separated by commas",
     "mqtt_client_id": "a text of 1 to 240 characters",
@@ -241,6 +242,8 @@ def _convert(field: str, raw: str, hint: object) -> object:
         value = tuple(part.strip() for part in raw.split(","))
     elif field in {"spool_max_bytes", "dead_letter_max_bytes"}:
         value = _size(raw)
+    elif field == "mqtt_broker":
+        value = broker_host(raw)
     elif field == "log_level":
         value = raw.upper()
     elif field == "bigquery_endpoint" and "://" not in raw:
@@ -273,8 +276,9 @@ def _check_address(text: str) -> None:
     parts = urlsplit(text if "://" in text else f"//{text}")
     if not parts.hostname:
         raise ValueError("there is no host")
+    check_host(parts.hostname)
     if parts.port == 0:  # asking for it raises where it is above 65535
-        raise ValueError("nobody listens on port 0")
+        raise ValueError("port 0 leads nowhere")
 
 
 def _check_readable(path: Path) -> None:
@@ -305,11 +309,21 @@ def _check_topic_filters(filters: tuple[str, ...]) -> None:
 
 
 def _describe(field: str, raw: str, error: ValueError) -> str:
+    if field in {"mqtt_broker", *_ADDRESSES}:
+        raw = without_user(raw)
     shown = printable(raw[:_SHOWN_VALUE_CHARS])
     expected = _EXPECTED.get(field, "a file that this user can read")
     text = f"{field.upper()}: {shown!r} is wrong; expected {expected}"
+    if in_quotes(raw):
+        text += ", and the quotes count as a part of the value"
     # msgspec's own sentences repeat the pattern; ours add what the pattern cannot say.
     return text if isinstance(error, msgspec.ValidationError) else f"{text} ({error})"
+
+
+def in_quotes(value: str) -> bool:
+    """Return whether quotes were left around a value."""
+    value = value.strip()
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
 
 
 def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) -> list[str]:
