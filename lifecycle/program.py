@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +26,7 @@ from lifecycle.refusal import (
     read_refusal,
     still_refused,
 )
+from lifecycle.report import report_settings
 from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
 
@@ -69,8 +70,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     run_dir = environ.get(RUN_DIR_VARIABLE, "")
     settings = found.settings
     if settings is None:
-        _warn_of_settings(found.warnings)
-        _report_settings(found.problems)
+        report_settings(program.role, found.problems, found.warnings)
         reason = "; ".join(found.problems)
         note_refusal(run_dir, program.role, found.fingerprint, reason, 0.0)
         return ExitCode.CONFIG
@@ -79,7 +79,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     variables, proxy_problems = proxies_for_grpc(environ)
     environ.update(variables)
     configure_logging(program.role, settings.log_level, settings.log_format)
-    _warn_of_settings(found.warnings)
+    report_settings(program.role, (), found.warnings)
     for problem in proxy_problems:
         log.warning("the proxy: %s", problem)
     refusal = read_refusal(run_dir, program.role)
@@ -192,25 +192,6 @@ def _prepare_directory(directory: Path) -> None:
     if not directory.exists():
         directory.mkdir(parents=True)
         directory.chmod(0o2750)
-
-
-def _warn_of_settings(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        log.warning("settings: %s", warning)
-
-
-def _report_settings(problems: Sequence[str]) -> None:
-    count = len(problems)
-    log.critical(
-        "configuration: %d problem%s, nothing was started; correct the environment or the file "
-        "that SLUICE_ENV_FILE names: this program is then tried again within 10 s, or at once by: "
-        "supervisorctl restart all",
-        count,
-        "" if count == 1 else "s",
-        extra=fields(exit_code=int(ExitCode.CONFIG)),
-    )
-    for number, problem in enumerate(problems, 1):
-        log.critical("configuration %d/%d: %s", number, count, problem)
 
 
 def _leave_overdue() -> NoReturn:

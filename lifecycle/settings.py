@@ -39,15 +39,15 @@ TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 WriteMethod = Literal["storage", "storage_default", "insert_all"]
 DEFAULT_WRITE_METHOD: WriteMethod = "storage"
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
+Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}\Z")]
 Topic = Annotated[
-    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
+    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}\Z")
 ]
-Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}$")]
-Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}$")]
-HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
-Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?$")]
-HttpsUrl = Annotated[str, Meta(pattern=r"^https://[^\s/@?#]+/?$")]
+Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}\Z")]
+Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}\Z")]
+HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?\Z")]
+Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?\Z")]
+HttpsUrl = Annotated[str, Meta(pattern=r"^https://[^\s/@?#]+/?\Z")]
 """An access token goes there, so never in the clear."""
 
 

@@ -304,7 +304,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(variables, values), st.text())
 def test_nothing_but_settings_or_a_report_comes_out(environ: dict[str, str], host: str) -> None:
     try:

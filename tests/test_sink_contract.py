@@ -466,7 +466,7 @@ def test_a_search_that_takes_too_long_hands_the_rest_back(
 
 @pytest.mark.parametrize("name", SERVICES)
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     faults=st.lists(st.sampled_from([FaultKind.TRANSIENT, FaultKind.HOLD, None]), max_size=6),
