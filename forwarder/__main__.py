@@ -21,6 +21,7 @@ from lifecycle import (
     fields,
     leave,
     run,
+    tell_version,
 )
 from spool import (
     CorruptFileError,
@@ -47,8 +48,7 @@ log = logging.getLogger("forwarder")
 def main(arguments: list[str]) -> ExitCode:
     """Run the forwarder that the one argument names."""
     if len(arguments) != 1 or arguments[0] not in SINKS:
-        sys.stderr.write(f"usage: python -m forwarder {{{'|'.join(SINKS)}}}\n")
-        return ExitCode.CONFIG
+        return tell_version("forwarder", arguments, f"{{{'|'.join(SINKS)}}}")
     name = arguments[0]
 
     def body(settings: Settings, stop: StopRequest) -> None:

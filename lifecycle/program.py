@@ -29,6 +29,7 @@ from lifecycle.refusal import (
 from lifecycle.report import report_settings
 from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
+from lifecycle.version import VERSION
 
 STORAGE_FAULT_MIN_UPTIME_S = 5.0
 """A process with a storage fault stays this long, above supervisord's ``startsecs``: it counts as
@@ -130,7 +131,12 @@ def _run_body(
         return ExitCode.STORAGE
     log.info(
         "started",
-        extra=fields(app_env=settings.app_env, pid=os.getpid(), instance_id=settings.instance_id),
+        extra=fields(
+            version=VERSION,
+            app_env=settings.app_env,
+            pid=os.getpid(),
+            instance_id=settings.instance_id,
+        ),
     )
     _tell_kept_id(settings.instance_id, found.environ)
     try:

@@ -160,7 +160,8 @@ def refusal(result: "subprocess.CompletedProcess[str]") -> str:
 
 def test_help_names_every_option_and_fits_80_columns() -> None:
     text = run(INSTALL, "--help").stdout
-    for word in ("--demo", "--seconds", "--dir", "--broker", "--uninstall", "MQTT_BROKER"):
+    options = ("--demo", "--seconds", "--dir", "--broker", "--uninstall", "--version")
+    for word in (*options, "MQTT_BROKER"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80
 
