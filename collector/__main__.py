@@ -248,7 +248,7 @@ def _collect(
     store.join()
 
 
-def main(arguments: list[str]) -> ExitCode:
+def main(arguments: Sequence[str] = ()) -> ExitCode:
     """Run the collector; it has no arguments but ``--version``."""
     if arguments:
         return tell_version("collector", arguments)

@@ -81,7 +81,8 @@ def _run(arguments: Arguments, interrupt: Interrupt) -> int:
             simulator.connect()
             simulator.announce()
             with running_supervisor(layout) as supervisor:
-                _say(f"Sluice {VERSION}; {broker.name} on port {broker.port}; supervisord is starting ...\n")
+                head = f"Sluice {VERSION}; {broker.name} on port {broker.port}"
+                _say(f"{head}; supervisord is starting ...\n")
                 _say("$ supervisorctl status\n" + supervisor.wait_until_running() + "\n")
                 _await_subscription(layout)
                 simulator.start()

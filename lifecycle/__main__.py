@@ -3,12 +3,13 @@
 import os
 import socket
 import sys
+from collections.abc import Sequence
 
 from lifecycle import ExitCode, configure_logging, leave, tell_version
 from lifecycle.restarter import serve
 
 
-def main(arguments: list[str]) -> ExitCode:
+def main(arguments: Sequence[str] = ()) -> ExitCode:
     """Run the restarter until supervisord ends."""
     if arguments:
         return tell_version("lifecycle", arguments)

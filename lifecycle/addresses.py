@@ -7,6 +7,7 @@ a resolver's error each few seconds for ever.
 import contextlib
 import ipaddress
 import re
+from urllib.parse import urlsplit
 
 NAME_MAX_CHARS = 253
 LABEL_MAX_CHARS = 63
@@ -68,3 +69,13 @@ def check_host(host: str) -> None:
     # The resolver takes such a thing for an address, and 1883 for 0.0.7.91.
     if labels[-1].isdigit():
         raise ValueError("neither an IPv4 address nor a name, which does not end in a number")
+
+
+def check_address(text: str) -> None:
+    """Raise ValueError where a URL or ``host:port`` has the form of one, but leads nowhere."""
+    parts = urlsplit(text if "://" in text else f"//{text}")
+    if not parts.hostname:
+        raise ValueError("there is no host")
+    check_host(parts.hostname)
+    if parts.port == 0:  # asking for it raises where it is above 65535
+        raise ValueError("port 0 leads nowhere")

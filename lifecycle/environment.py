@@ -179,3 +179,9 @@ def _not_understood_text(path: str, line: int, binding: Binding) -> str:
         return f"{where}, is not UTF-8 text; save the file as UTF-8"
     # The line is not shown: a password may stand in it.
     return f"{where}, cannot be understood; expected KEY=value (is a quote not closed?)"
+
+
+def in_quotes(value: str) -> bool:
+    """Return whether quotes were left around a value."""
+    value = value.strip()
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"

@@ -18,7 +18,12 @@ _ENVELOPE_BYTES = 200
 """Time, severity, role, logger, exit code and the end of the line, as JSON."""
 
 _PROBLEM_CHARS = (160, 120, 90, 70, 50, 0)
-"""To how much a problem is shortened in the last line, the first that fits; 0 for its name only."""
+"""To how much a problem is shortened in the last line: the first that fits; 0 for its name."""
+
+_NEXT = (
+    ". In full: {}. Correct the environment or the file that SLUICE_ENV_FILE names: this program "
+    "is then tried again within 10 s, or at once by: supervisorctl restart all"
+)
 
 log = logging.getLogger("lifecycle")
 
@@ -51,11 +56,10 @@ def summary(role: str, problems: Sequence[str], warnings: Sequence[str] = ()) ->
     whole_bytes = TAIL_BYTES + sum(
         len(json.dumps(text)) + _ENVELOPE_BYTES for text in (*problems, *warnings)
     )
+    command = f"supervisorctl tail -{-(-whole_bytes // 1000) * 1000} {role}"
     ends = (
         f"configuration: {count} problem{'' if count == 1 else 's'}, nothing was started: ",
-        f". In full: supervisorctl tail -{-(-whole_bytes // 1000) * 1000} {role}. Correct the "
-        "environment or the file that SLUICE_ENV_FILE names: this program is then tried again "
-        "within 10 s, or at once by: supervisorctl restart all",
+        _NEXT.format(command),
     )
     for chars in _PROBLEM_CHARS:
         separator = "; " if chars else ", "

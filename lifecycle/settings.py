@@ -6,15 +6,15 @@ processes, which matters on a small edge VM; msgspec is here already.)
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
-from lifecycle.addresses import broker_host, check_host, without_user
+from lifecycle.addresses import broker_host, check_address, without_user
+from lifecycle.environment import in_quotes
 from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
 
@@ -240,12 +240,8 @@ def _convert(field: str, raw: str, hint: object) -> object:
     value: object = raw
     if field in {"mqtt_topic", "timestamp_formats"}:
         value = tuple(part.strip() for part in raw.split(","))
-    elif field in {"spool_max_bytes", "dead_letter_max_bytes"}:
-        value = _size(raw)
-    elif field == "mqtt_broker":
-        value = broker_host(raw)
-    elif field == "log_level":
-        value = raw.upper()
+    elif field in _READ:
+        value = _READ[field](raw)
     elif field == "bigquery_endpoint" and "://" not in raw:
         value = f"https://{raw}"
     converted: object = msgspec.convert(value, hint, strict=False, dec_hook=_custom)
@@ -258,7 +254,7 @@ def _convert(field: str, raw: str, hint: object) -> object:
     if field == "spool_dir" and isinstance(converted, Path) and not converted.is_absolute():
         raise ValueError("the path is not absolute")
     if field in _ADDRESSES:
-        _check_address(raw)
+        check_address(raw)
     if field in _READABLE_FILES and isinstance(converted, Path):
         _check_readable(converted)
     return converted
@@ -271,14 +267,13 @@ def _size(raw: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
 
 
-def _check_address(text: str) -> None:
-    """Refuse what has the form of an address, but leads nowhere."""
-    parts = urlsplit(text if "://" in text else f"//{text}")
-    if not parts.hostname:
-        raise ValueError("there is no host")
-    check_host(parts.hostname)
-    if parts.port == 0:  # asking for it raises where it is above 65535
-        raise ValueError("port 0 leads nowhere")
+_READ: dict[str, Callable[[str], object]] = {
+    "spool_max_bytes": _size,
+    "dead_letter_max_bytes": _size,
+    "mqtt_broker": broker_host,
+    "log_level": str.upper,
+}
+"""What is more than a text in the environment's form, by field."""
 
 
 def _check_readable(path: Path) -> None:
@@ -318,12 +313,6 @@ def _describe(field: str, raw: str, error: ValueError) -> str:
         text += ", and the quotes count as a part of the value"
     # msgspec's own sentences repeat the pattern; ours add what the pattern cannot say.
     return text if isinstance(error, msgspec.ValidationError) else f"{text} ({error})"
-
-
-def in_quotes(value: str) -> bool:
-    """Return whether quotes were left around a value."""
-    value = value.strip()
-    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
 
 
 def _contradictions(environ: Mapping[str, str], values: Mapping[str, object]) -> list[str]:

@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 
-from lifecycle.environment import ENV_FILE_VARIABLE
+from lifecycle.environment import ENV_FILE_VARIABLE, in_quotes
 from lifecycle.logs import printable
-from lifecycle.settings import Settings, in_quotes
+from lifecycle.settings import Settings
 
 TOLD_MAX = 30
 """A file of another program is not listed to its end."""

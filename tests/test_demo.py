@@ -203,7 +203,8 @@ def without_mosquitto(
         [
             *("unshare", "--mount", "--net", "sh", "-ec"),
             'mount -t tmpfs none /usr/sbin; exec "$@"',
-            *("sh", ROOT / "install.sh", "--demo", "--dir", directory / "demo", *arguments),
+            *("sh", str(ROOT / "install.sh"), "--demo", "--dir", str(directory / "demo")),
+            *arguments,
         ],
         env={
             "PATH": f"{directory / 'bin'}:/usr/local/bin:/usr/bin:/bin",

@@ -72,7 +72,8 @@ def pins(lock: str) -> dict[str, str]:
 def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
     allowed = re.compile(
         r"#([^/\\:]|deploy/lock\.sh)*"  # a comment, which names no other path and no address
-        r"|[a-z0-9-]+(\[[a-z0-9,-]+\])?==[0-9a-z.]+( ; [a-z_]+ (==|!=) '\w+'( and [a-z_]+ (==|!=) '\w+')*)? \\"
+        r"|[a-z0-9-]+(\[[a-z0-9,-]+\])?==[0-9a-z.]+"
+        r"( ; [a-z_]+ (==|!=) '\w+'( and [a-z_]+ (==|!=) '\w+')*)? \\"
         r"|    --hash=sha256:[0-9a-f]{64}( \\)?"
     )
     odd = [line for line in (ROOT / lock).read_text().splitlines() if not allowed.fullmatch(line)]

@@ -88,8 +88,9 @@ def test_each_end_has_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtur
         failed = OSError(errno.EIO, "Input/output error", str(tmp_path / path))
         assert run_body(tmp_path / own, raising(failed)) is code
     output = capsys.readouterr().out
-    assert f'"message": "started", "role": "role", "logger": "lifecycle", "version": "{VERSION}"' in (
-        output
+    assert (
+        f'"message": "started", "role": "role", "logger": "lifecycle", "version": "{VERSION}"'
+        in (output)
     )
     assert "stopped: SIGTERM" in output
     assert "ends: disk" in output

@@ -465,9 +465,7 @@ def test_a_search_that_takes_too_long_hands_the_rest_back(
 
 
 @pytest.mark.parametrize("name", SERVICES)
-@settings(
-    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     faults=st.lists(st.sampled_from([FaultKind.TRANSIENT, FaultKind.HOLD, None]), max_size=6),
     guilty=st.sets(st.integers(1, 200), max_size=5),
