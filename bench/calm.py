@@ -2,8 +2,8 @@
 
 For each rate and number of sites: bytes written to the disk, syncs, wake-ups, processor time, and
 how long a reading takes from its PUBLISH to a subscriber of Pub/Sub and to the row in BigQuery. For
-comparison, with the same servers, the single-file script, and another checkout of Sluice where
-SLUICE_BENCH_BEFORE names one.
+comparison, with the same servers, the single-file script, Node-RED where npm can install it, and
+another checkout of Sluice where SLUICE_BENCH_BEFORE names one.
 """
 
 import os
@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from bench import node_red
 from bench.chain import start_script
 from bench.latency import percentile
 from bench.processes import ROOT, BenchError, Process
@@ -111,9 +112,22 @@ def _payload_bytes(count: int, sites: int) -> float:
 
 
 def measure(
-    setup: Rig, services: Services, processes: Mapping[str, Process], load: "Load"
+    setup: Rig,
+    services: Services,
+    processes: Mapping[str, Process],
+    load: "Load",
+    *,
+    with_rows: bool = True,
 ) -> Figures:
-    """Publish at the rate of ``load``, take everything out again, and return what it cost."""
+    """Publish at the rate of ``load``, take everything out again, and return what it cost.
+
+    Args:
+        setup: Where it runs.
+        services: Where the readings go.
+        processes: What is measured.
+        load: What is published.
+        with_rows: Whether they go to BigQuery too.
+    """
     server = PubSub(
         "in-repo fake",
         f"127.0.0.1:{services.pubsub.port}",
@@ -144,16 +158,17 @@ def measure(
             raise BenchError(f"the publisher failed: {publisher.output()}")
         if float(publisher.output().split()[-1]) > BEHIND_MAX_S:
             raise BenchError("the publisher did not keep to its rate")
-        wait_for(
-            lambda: services.received()[1] >= load.count,
-            f"{load.count} rows are in BigQuery",
-            START_TIMEOUT_S,
-            every_s=0.1,
-        )
         figures = _figures(marks, load)
         skipped = int(WARM_UP_S * load.rate)
         figures.pubsub_ms = list(subscriber.took_ms.values())[skipped:]
-        figures.bigquery_ms = _row_ms(subscriber.sent_s, services.bigquery.counts())[skipped:]
+        if with_rows:
+            wait_for(
+                lambda: services.received()[1] >= load.count,
+                f"{load.count} rows are in BigQuery",
+                START_TIMEOUT_S,
+                every_s=0.1,
+            )
+            figures.bigquery_ms = _row_ms(subscriber.sent_s, services.bigquery.counts())[skipped:]
         return figures
     finally:
         server.close()
@@ -218,6 +233,15 @@ def script(load: Load) -> Figures:
         services = _services(setup)
         setup.broker()
         return measure(setup, services, {"script": start_script(setup, services)}, load)
+
+
+def peer(load: Load) -> Figures:
+    """Run Node-RED, to Pub/Sub alone."""
+    with rig() as setup:
+        services = _services(setup)
+        setup.broker()
+        processes = {"node-red": node_red.start(setup, services)}
+        return measure(setup, services, processes, load, with_rows=False)
 
 
 def _services(setup: Rig) -> Services:
@@ -294,6 +318,13 @@ class _Rows:
         self.script = Row(
             f"{name}-cpu-script", f"{what}: the same ÷ the single-file script's", "% of a core", ""
         )
+        self.peer = Row(
+            f"{name}-cpu-node-red",
+            f"{what}: processor time of collector and forwarder-pubsub ÷ Node-RED's, which goes to "
+            "Pub/Sub alone and stores nothing",
+            "% of a core",
+            "",
+        )
         self.latency = [
             Row(f"{name}-{to}-p{int(share * 100)}", f"{what}: to the {where}", "ms", "")
             for to, where in (("pubsub", "subscriber"), ("bigquery", "row"))
@@ -312,6 +343,16 @@ class _Rows:
             self.script.reference.append(sum(theirs.cpu_percent.values()))
             self.script.notes.append(
                 f"script: Pub/Sub p50 {percentile(theirs.pubsub_ms, 0.5):.1f}, "
+                f"p99 {percentile(theirs.pubsub_ms, 0.99):.1f} ms"
+            )
+
+        if node_red.installed():
+            theirs = peer(self._load)
+            cpu = ours.cpu_percent
+            self.peer.ours.append(cpu["collector"] + cpu["forwarder-pubsub"])
+            self.peer.reference.append(sum(theirs.cpu_percent.values()))
+            self.peer.notes.append(
+                f"Node-RED {node_red.version()}: p50 {percentile(theirs.pubsub_ms, 0.5):.1f}, "
                 f"p99 {percentile(theirs.pubsub_ms, 0.99):.1f} ms"
             )
 
@@ -349,7 +390,7 @@ class _Rows:
 
     def all(self) -> list[Row]:
         """Return those that have figures."""
-        made = [self.written, self.cpu, self.script, *self.latency, self.syncs]
+        made = [self.written, self.cpu, self.script, self.peer, *self.latency, self.syncs]
         return [row for row in made if row.ours]
 
 
