@@ -39,7 +39,8 @@ def merged_environment(environ: Mapping[str, str]) -> dict[str, str]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise EnvironmentFileError(
             f"{ENV_FILE_VARIABLE}: cannot read {path}: {reason}; expected a readable file of "
-            f"KEY=value lines (check: ls -l {path}; the group sluice must be able to read it)"
+            f"KEY=value lines (check: ls -l {path}; the user that runs this program must be able "
+            "to read it)"
         ) from error
     # A "$" in a value is a "$", as systemd and docker have it: nothing is interpolated.
     values: dict[str, str] = {}
