@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> ExitCode:
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     watchdog = Watchdog([LOOP], WATCHDOG_S)
+    _trust(settings)
     state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes)
     sink = build(name, settings, state)
     try:
@@ -94,6 +95,16 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     finally:
         watchdog.stop()
         sink.close()
+
+
+def _trust(settings: Settings) -> None:
+    """Have one list of authorities for all that leads to the cloud."""
+    if settings.app_env == "LOCAL":
+        return
+    from forwarder import authorities  # noqa: PLC0415 - with requests, which LOCAL does not need
+
+    if told := authorities.use(os.environ, settings.cloud_ca_file):
+        log.warning("the authorities: %s", told)
 
 
 def _open_state(directory: Path, name: str, dead_letter_max_bytes: int) -> SinkState:

@@ -129,7 +129,7 @@ def _take(file: EnvironmentFile, lines: dict[str, int], line: int, binding: Bind
 def _unreadable(file: EnvironmentFile, reason: str) -> EnvironmentFile:
     file.problems.append(
         f"{ENV_FILE_VARIABLE}: cannot read {printable(file.path)}: {reason} (check: ls -l "
-        f"{printable(file.path)}; the group sluice must be able to read it)"
+        f"{printable(file.path)}; the user that runs this program must be able to read it)"
     )
     file.readable = False
     return file

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lifecycle.exitcodes import ExitCode
+from lifecycle.exposure import exposed_files
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields
 from lifecycle.proxies import proxies_for_grpc
@@ -83,6 +84,8 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     report_settings(program.role, (), found.warnings)
     for problem in proxy_problems:
         log.warning("the proxy: %s", problem)
+    for problem in exposed_files(program.role, environ):
+        log.warning("a secret is exposed: %s", problem)
     refusal = read_refusal(run_dir, program.role)
     if refusal is not None and still_refused(refusal, found.fingerprint):
         log.critical("ends: %s", refusal.reason, extra=fields(exit_code=int(ExitCode.CONFIG)))

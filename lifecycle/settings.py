@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from lifecycle.addresses import broker_host, check_address, without_user
+from lifecycle.authorityfile import check_authorities
 from lifecycle.environment import in_quotes
 from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
@@ -103,6 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bigquery_emulator_host: Url = ""
     bigquery_storage_emulator_host: HostPort = ""
     google_application_credentials: str = ""
+    cloud_ca_file: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 
@@ -157,6 +159,7 @@ _EXPECTED = {
     "bigquerystorage.europe-west1.rep.googleapis.com:443",
     "bigquery_emulator_host": "a URL without a path, such as http://localhost:9050",
     "bigquery_storage_emulator_host": "host:port, such as localhost:9060 or [::1]:9060",
+    "cloud_ca_file": "a file of authorities' certificates in PEM form, which this user can read",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
     "log_format": "json or text",
 }
@@ -177,6 +180,7 @@ _READABLE_FILES = (
     "mqtt_tls_ca_file",
     "mqtt_tls_cert_file",
     "mqtt_tls_key_file",
+    "cloud_ca_file",
 )
 
 
@@ -256,7 +260,7 @@ def _convert(field: str, raw: str, hint: object) -> object:
     if field in _ADDRESSES:
         check_address(raw)
     if field in _READABLE_FILES and isinstance(converted, Path):
-        _check_readable(converted)
+        _check_readable(field, converted)
     return converted
 
 
@@ -276,12 +280,14 @@ _READ: dict[str, Callable[[str], object]] = {
 """What is more than a text in the environment's form, by field."""
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(field: str, path: Path) -> None:
     try:
         with path.open("rb"):
             pass
     except OSError as error:
         raise ValueError(f"cannot read the file: {error.strerror}") from error
+    if field == "cloud_ca_file":
+        check_authorities(path)
 
 
 def _check_topic_filters(filters: tuple[str, ...]) -> None:

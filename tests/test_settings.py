@@ -60,6 +60,7 @@ WRONG = {
     "BIGQUERY_STORAGE_ENDPOINT": "https://host",
     "BIGQUERY_EMULATOR_HOST": "localhost:9050",
     "BIGQUERY_STORAGE_EMULATOR_HOST": "http://host",
+    "CLOUD_CA_FILE": "/nowhere/authority",
     "LOG_LEVEL": "LOUD",
     "LOG_FORMAT": "xml",
 }
