@@ -34,6 +34,7 @@ Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
   sudo ./install.sh                  install on Debian 12, or upgrade
   ./install.sh --demo [--seconds N]  show it: no cloud, broker or root needed
   sudo ./install.sh --uninstall      remove the programs, keep settings and data
+  ./install.sh --version             say which release this is
 
 Install:
   MQTT_BROKER=HOST, MQTT_PORT=PORT     (environment) use that broker; without
@@ -47,7 +48,8 @@ Demo:
   --seconds N        stop by itself after N seconds (default: at Ctrl-C)
   --dir DIRECTORY    where everything lies (default: ./demo-data)
   --broker NAME      mosquitto, or amqtt (in Python, installed into the demo's
-                     directory); default: mosquitto where it can be had
+                     directory); default: mosquitto where it can be had; root's
+                     demo installs it (apt-get), without its service
 
 A mirror or proxy for Python packages is pip's own business: PIP_INDEX_URL,
 HTTPS_PROXY or pip.conf.
@@ -206,7 +208,8 @@ demo() {
   touch "$directory/.sluice-demo"
   require_space "$directory" "$DEMO_MIN_MIB"
 
-  [ -n "$broker" ] || broker=$(demo_broker)
+  choose_demo_broker "$broker"
+  broker=$DEMO_BROKER
   if [ "$broker" = amqtt ]; then lock=requirements-demo.lock; fi
   python=
   for candidate in "${PYTHON:-python3}" /usr/bin/python3 python3.11 python3.12 python3.13; do
@@ -237,28 +240,39 @@ demo() {
   exec "$directory/venv/bin/python" -m demo "${arguments[@]}"
 }
 
-# Print the name of the best broker to be had.
-demo_broker() {
-  if PATH=$PATH:/usr/sbin command -v mosquitto >/dev/null; then
-    say mosquitto
-  elif is_root && command -v apt-get >/dev/null && (install_mosquitto_unstarted) >&2; then
-    say mosquitto
-  else
-    say amqtt
+# Set DEMO_BROKER to the one that was asked for, or to the best to be had: before the
+# environment is built, which takes a while.
+choose_demo_broker() { # <mosquitto, amqtt or nothing>
+  DEMO_BROKER=amqtt
+  [ "$1" != amqtt ] || return 0
+  if ! have_mosquitto && is_root && command -v apt-get >/dev/null; then
+    # A subshell, for its trap, and because a failure leads to the other broker.
+    (install_mosquitto_unstarted) >&2 || true
+  fi
+  if have_mosquitto; then
+    DEMO_BROKER=mosquitto
+  elif [ "$1" = mosquitto ]; then
+    die "--broker mosquitto: Mosquitto is not installed." \
+      "Install it (sudo apt-get install mosquitto), or take --broker amqtt, which needs no root."
   fi
 }
 
+# Debian keeps it where an unprivileged user's PATH does not lead.
+have_mosquitto() { PATH=$PATH:/usr/sbin:/usr/local/sbin command -v mosquitto >/dev/null; }
+
 # Debian starts a service as soon as it is installed; the demo has a broker of its
-# own, and wants nothing on port 1883.
+# own, and wants nothing on port 1883. Call in a subshell: it sets a trap of its own.
 install_mosquitto_unstarted() {
-  local policy=/usr/sbin/policy-rc.d
-  if [ -e "$policy" ]; then
-    apt_install mosquitto
-    return
+  local policy=/usr/sbin/policy-rc.d own=
+  # What the caller has made is the caller's to remove.
+  COMMAND_LOG=
+  [ -e "$policy" ] || own=$policy
+  # shellcheck disable=SC2064 # its present value is meant
+  trap "rm -f \"\$COMMAND_LOG\" $own" EXIT
+  if [ -n "$own" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
   fi
-  trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-  printf '#!/bin/sh\nexit 101\n' >"$policy"
-  chmod 755 "$policy"
   apt_install mosquitto
 }
 
@@ -595,6 +609,10 @@ main() {
           --broker) broker=$2 ;;
         esac
         shift
+        ;;
+      --version)
+        say "Sluice $(sed -nE 's/^version = "(.*)"$/\1/p' "$SOURCE/pyproject.toml")"
+        exit 0
         ;;
       -h | --help)
         usage

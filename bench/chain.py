@@ -82,7 +82,7 @@ def script(count: int) -> float:
     with rig() as setup:
         services = Services.start(setup)
         setup.broker()
-        process = _start_script(setup, services)
+        process = start_script(setup, services)
         publisher = setup.publisher(count)
         begun = time.perf_counter()
         publisher.say("go")
@@ -100,7 +100,8 @@ def script(count: int) -> float:
         return count / seconds
 
 
-def _start_script(setup: Rig, services: Services) -> Process:
+def start_script(setup: Rig, services: Services) -> Process:
+    """Start the single-file script; return once it has subscribed."""
     environ = {
         **services.environ(),
         "MQTT_BROKER": "127.0.0.1",

@@ -11,10 +11,14 @@ import argparse
 import json
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 from bench.load_bigquery import LoadBigQuery
 from tests.fakes import FakePubSub, FakeWriteApi
+
+ARRIVAL_LOOK_S = 1.0
 
 _SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
@@ -27,6 +31,9 @@ def main() -> None:
     parser.add_argument("--table", default="")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--write-port", type=int, default=0)
+    parser.add_argument(
+        "--arrivals", action="store_true", help="tell when so many rows were there (BigQuery)"
+    )
     arguments = parser.parse_args()
     # Blocked before any thread starts, so that all inherit it and only sigwait gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -48,13 +55,32 @@ def main() -> None:
                 bigquery.faults.delay(delay_s)
             port = arguments.write_port
             with FakeWriteApi(bigquery.store, port, latency_s=delay_s, strict=False) as write_api:
+                more: dict[str, object] = {}
+                if arguments.arrivals:
+                    more["arrivals"] = _arrivals(bigquery)
                 _serve(
                     bigquery.port,
                     lambda: {
                         "write_port": write_api.port,
                         "tables": {arguments.table: bigquery.count},
+                        **more,
                     },
                 )
+
+
+def _arrivals(bigquery: LoadBigQuery) -> list[tuple[float, int]]:
+    """Return a list that grows: seconds since 1970 UTC, and how many rows there were then."""
+    arrivals: list[tuple[float, int]] = []
+
+    def watch() -> None:
+        rows = 0
+        while True:
+            if bigquery.store.wait_for(rows + 1, ARRIVAL_LOOK_S):
+                now_s, rows = time.time(), bigquery.store.count()
+                arrivals.append((now_s, rows))
+
+    threading.Thread(target=watch, daemon=True).start()
+    return arrivals
 
 
 def _serve(port: int, counts: Callable[[], dict[str, object]]) -> None:

@@ -39,6 +39,7 @@ class Process:
         command: Argument list.
         directory: Where the log goes.
         environ: Added to our own environment.
+        code: The checkout that it runs in.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Process:
         command: Sequence[str],
         directory: Path,
         environ: Mapping[str, str] | None = None,
+        code: Path = ROOT,
     ) -> None:
         self.name = name
         self.log = directory / f"{name}.log"
         self._log_file: IO[bytes] = self.log.open("ab")
         self._popen = subprocess.Popen(  # noqa: S603 - our own argument lists
             command,
-            cwd=ROOT,
+            cwd=code,
             env={**os.environ, **(environ or {})},
             stdin=subprocess.PIPE,
             stdout=self._log_file,
@@ -68,9 +70,10 @@ class Process:
         arguments: Sequence[str],
         directory: Path,
         environ: Mapping[str, str] | None = None,
+        code: Path = ROOT,
     ) -> "Process":
         """Start ``python -m ARGUMENTS`` with this interpreter."""
-        return cls(name, [sys.executable, "-m", *arguments], directory, environ)
+        return cls(name, [sys.executable, "-m", *arguments], directory, environ, code)
 
     def usage(self) -> Usage:
         """Return what it has used so far."""
@@ -94,6 +97,15 @@ class Process:
         return sum(
             int((task / "schedstat").read_text(encoding="ascii").split()[0])
             for task in Path(f"/proc/{self.pid}/task").iterdir()
+        )
+
+    def wake_ups(self) -> int:
+        """Return how often its living threads have slept and been woken."""
+        return sum(
+            int(line.split()[1])
+            for task in Path(f"/proc/{self.pid}/task").iterdir()
+            for line in (task / "status").read_text(encoding="utf-8").splitlines()
+            if line.startswith("voluntary_ctxt_switches:")
         )
 
     @property

@@ -42,10 +42,10 @@ def reading(number: int) -> tuple[bytes, bytes]:
     return reading_at(number, reading_us(number))
 
 
-def reading_at(number: int, micros: int) -> tuple[bytes, bytes]:
+def reading_at(number: int, micros: int, sites: int = SITES) -> tuple[bytes, bytes]:
     """Return topic and payload of a reading that was measured at ``micros``."""
     tag = number % TAGS
-    site = tag % SITES
+    site = tag % sites
     topic = f"FCTS/FAE/SITE{site}/SolvExtract/SX{site}_PIT_{tag:04d}"
     payload = (
         f'{{"site_code":"SITE{site}","sensor_id":"SX{site}-PIT-{tag:04d}","timestamp":'

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.processes import BenchError, Process
+from bench.processes import ROOT, BenchError, Process
 from spool import sink_path, spool_path
 
 START_TIMEOUT_S = 20.0
@@ -35,10 +35,16 @@ def free_port() -> int:
 
 
 class Rig:
-    """One directory with everything that belongs to a run; gone afterwards."""
+    """One directory with everything that belongs to a run; gone afterwards.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: For everything.
+        code: The checkout whose programs run; another one than ours to compare with.
+    """
+
+    def __init__(self, directory: Path, code: Path = ROOT) -> None:
         self.directory = directory
+        self.code = code
         self.broker_port = free_port()
         self.spool_dir = directory / "spool"
         self._stack = contextlib.ExitStack()
@@ -75,7 +81,11 @@ class Rig:
         """Start the collector and wait until it has subscribed."""
         process = self.start(
             Process.python(
-                "collector", ["collector"], self.directory, self.environ(LOG_LEVEL="INFO", **more)
+                "collector",
+                ["collector"],
+                self.directory,
+                self.environ(LOG_LEVEL="INFO", **more),
+                self.code,
             )
         )
         process.wait_output('"subscribed"', START_TIMEOUT_S)
@@ -85,7 +95,11 @@ class Rig:
         """Start the forwarder of ``sink``."""
         return self.start(
             Process.python(
-                f"forwarder-{sink}", ["forwarder", sink], self.directory, self.environ(**more)
+                f"forwarder-{sink}",
+                ["forwarder", sink],
+                self.directory,
+                self.environ(**more),
+                self.code,
             )
         )
 
@@ -131,10 +145,10 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig() -> Iterator[Rig]:
-    """Return a new rig; stop and remove it at the end."""
+def rig(code: Path = ROOT) -> Iterator[Rig]:
+    """Return a new rig for the programs of ``code``; stop and remove it at the end."""
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as name:
-        made = Rig(Path(name))
+        made = Rig(Path(name), code)
         try:
             yield made
         finally:

@@ -78,9 +78,17 @@ class Fake:
 
 
 def fake_bigquery(
-    directory: Path, port: int = 0, write_port: int = 0, delay_ms: float = 0.0
+    directory: Path,
+    port: int = 0,
+    write_port: int = 0,
+    delay_ms: float = 0.0,
+    *,
+    arrivals: bool = False,
 ) -> Fake:
-    """Start a fake of BigQuery with an empty table TABLE_REF, its answers ``delay_ms`` late."""
+    """Start a fake of BigQuery with an empty table TABLE_REF, its answers ``delay_ms`` late.
+
+    With ``arrivals`` its counts tell when so many rows were there.
+    """
     return Fake(
         "bigquery",
         directory,
@@ -88,6 +96,7 @@ def fake_bigquery(
         f"--write-port={write_port}",
         f"--delay-ms={delay_ms}",
         f"--table={TABLE_REF}",
+        *(["--arrivals"] if arrivals else []),
         module="bench.distant",
     )
 

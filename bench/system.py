@@ -23,11 +23,11 @@ class Services:
     """What was received before they last went away; a fake counts from its start."""
 
     @classmethod
-    def start(cls, setup: Rig) -> "Services":
+    def start(cls, setup: Rig, *, arrivals: bool = False) -> "Services":
         """Start both, empty."""
         pubsub = Fake("pubsub", setup.directory, f"--topic={TOPIC}")
         setup.start(pubsub.process)
-        bigquery = fake_bigquery(setup.directory)
+        bigquery = fake_bigquery(setup.directory, arrivals=arrivals)
         setup.start(bigquery.process)
         return cls(setup, pubsub, bigquery)
 
@@ -76,9 +76,11 @@ class System:
     processes: dict[str, Process]
 
     @classmethod
-    def start(cls, setup: Rig, *, broker: bool = True, **environ: str) -> "System":
+    def start(
+        cls, setup: Rig, *, broker: bool = True, services: Services | None = None, **environ: str
+    ) -> "System":
         """Start it in ``setup``; return once it is subscribed and drains."""
-        services = Services.start(setup)
+        services = services or Services.start(setup)
         if broker:
             setup.broker()
         settings = {"APP_ENV": APP_ENV, **services.environ(), **environ}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lifecycle import (
     fields,
     leave,
     run,
+    tell_version,
 )
 from spool import (
     Ballast,
@@ -253,8 +255,10 @@ def _collect(
     store.join()
 
 
-def main() -> ExitCode:
-    """Run the collector."""
+def main(arguments: Sequence[str] = ()) -> ExitCode:
+    """Run the collector; it has no arguments but ``--version``."""
+    if arguments:
+        return tell_version("collector", arguments)
     codes: dict[type[Exception], ExitCode] = {
         WrongEnvironmentError: ExitCode.CONFIG,
         NewerFormatError: ExitCode.CONFIG,
@@ -264,4 +268,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(sys.argv[1:]))

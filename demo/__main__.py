@@ -16,8 +16,9 @@ from demo.errors import DemoError
 from demo.layout import Layout
 from demo.ledger import read_figures
 from demo.simulator import READINGS_PER_S, SITES, Simulator
-from demo.summary import reconcile, summary_lines
+from demo.summary import look_lines, reconcile, summary_lines
 from demo.supervision import Supervisor, running_supervisor
+from lifecycle import VERSION
 
 _SUBSCRIBE_TIMEOUT_S = 30.0
 _ACK_TIMEOUT_S = 10.0
@@ -80,7 +81,8 @@ def _run(arguments: Arguments, interrupt: Interrupt) -> int:
             simulator.connect()
             simulator.announce()
             with running_supervisor(layout) as supervisor:
-                _say(f"{broker.name} on port {broker.port}; supervisord is starting ...\n")
+                head = f"Sluice {VERSION}; {broker.name} on port {broker.port}"
+                _say(f"{head}; supervisord is starting ...\n")
                 _say("$ supervisorctl status\n" + supervisor.wait_until_running() + "\n")
                 _await_subscription(layout)
                 simulator.start()
@@ -164,8 +166,8 @@ def _conclude(layout: Layout, simulator: Simulator) -> int:
     )
     for line in summary_lines(checks):
         _say(line)
-    _say(f"\nLook for yourself: sqlite3 -readonly -line {layout.spool}/spool.db \\")
-    _say("  'select * from backlog; select * from rejected_summary'\n")
+    for line in look_lines(layout):
+        _say(line)
     return _EXIT_OK if all(check.holds for check in checks) else _EXIT_FAILED
 
 
@@ -173,6 +175,7 @@ def _arguments() -> Arguments:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="where everything lies")
     parser.add_argument("--broker", choices=("mosquitto", "amqtt"), default="mosquitto")
+    parser.add_argument("--version", action="version", version=f"Sluice {VERSION}")
     parser.add_argument("--seconds", type=float, help="how long (default: until Ctrl-C)")
     parsed = parser.parse_args()
     return Arguments(Layout(parsed.dir.resolve()), parsed.broker, parsed.seconds)

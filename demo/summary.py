@@ -1,8 +1,10 @@
 """Whether what went in and what came out agree, to the last message."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from demo.layout import Layout
 from demo.ledger import Figures, SinkFigures
 from demo.simulator import Published
 
@@ -75,3 +77,19 @@ def summary_lines(checks: list[Check]) -> Iterator[str]:
         yield "It adds up: every message is accounted for."
     else:
         yield "IT DOES NOT ADD UP. Please report it, with the logs and the spool."
+
+
+def look_lines(layout: Layout) -> Iterator[str]:
+    """Yield commands that show the spool, with what lies in the demo's directory anyway.
+
+    A fresh machine has no ``sqlite3``, and an unprivileged user cannot install it.
+    """
+    yield "\nLook for yourself:\n"
+    yield f"  cd {shlex.quote(str(layout.root))}"
+    for query in (
+        "select sink, pending, delivered, state from backlog",
+        "select reason, count, last_topic from rejected_summary",
+    ):
+        yield f"  venv/bin/sqlite-utils query {layout.spool.name}/spool.db -t \\"
+        yield f"    '{query}'"
+    yield ""

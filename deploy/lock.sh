@@ -10,6 +10,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Everything is named that anything requires, so that pip --require-hashes takes a lock with or
+# without --no-deps. Debian 12's pip counts NAME and NAME[EXTRA] as two things, and wants a hash
+# of each.
+with_and_without_extras() {
+  awk '
+    function flush() { printf "%s%s", plain, block; plain = block = "" }
+    /^[^ ]/ { flush(); extras = /^[a-z0-9-]+\[/ }
+    { block = block $0 "\n" }
+    extras { sub(/\[[^]]*\]/, ""); plain = plain $0 "\n" }
+    END { flush() }'
+}
+
 compile() { # <lock> <what it is for> [uv arguments ...]
   local lock=$1 purpose=$2 body
   shift 2
@@ -17,11 +29,11 @@ compile() { # <lock> <what it is for> [uv arguments ...]
   # uv prefers the versions that its output file already names.
   cp -f "$lock" "$body" 2>/dev/null || true
   uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
-    --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
+    --no-strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
     --quiet --output-file "$body" "$@" >/dev/null
   {
     printf '# %s\n# Written by deploy/lock.sh from pyproject.toml; do not edit by hand.\n' "$purpose"
-    cat "$body"
+    with_and_without_extras <"$body"
   } >"$lock"
   chmod 644 "$lock"
   rm -f "$body"

@@ -21,6 +21,7 @@ from lifecycle import (
     fields,
     leave,
     run,
+    tell_version,
 )
 from spool import (
     LOGGED,
@@ -48,8 +49,7 @@ log = logging.getLogger("forwarder")
 def main(arguments: list[str]) -> ExitCode:
     """Run the forwarder that the one argument names."""
     if len(arguments) != 1 or arguments[0] not in SINKS:
-        sys.stderr.write(f"usage: python -m forwarder {{{'|'.join(SINKS)}}}\n")
-        return ExitCode.CONFIG
+        return tell_version("forwarder", arguments, f"{{{'|'.join(SINKS)}}}")
     name = arguments[0]
 
     def body(settings: Settings, stop: StopRequest) -> None:
@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> ExitCode:
 
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
+    _trust(settings)
     state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes)
     state.beat.begin(settings.app_env)
     if settings.app_env == "LOCAL":
@@ -98,6 +99,16 @@ def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     finally:
         watchdog.stop()
         sink.close()
+
+
+def _trust(settings: Settings) -> None:
+    """Have one list of authorities for all that leads to the cloud."""
+    if settings.app_env == "LOCAL":
+        return
+    from forwarder import authorities  # noqa: PLC0415 - with requests, which LOCAL does not need
+
+    if told := authorities.use(os.environ, settings.cloud_ca_file):
+        log.warning("the authorities: %s", told)
 
 
 def _open_state(directory: Path, name: str, dead_letter_max_bytes: int) -> SinkState:

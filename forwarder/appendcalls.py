@@ -12,7 +12,6 @@ from forwarder.appends import Append, Refusal
 from forwarder.bqservice import TableService
 from forwarder.faults import (
     CREDENTIALS_REMEDY,
-    PLUGIN_FAILURE,
     Blame,
     FaultError,
     blame_grpc,
@@ -100,6 +99,10 @@ class AppendCalls:
     def stream_refused(self) -> None:
         """Have :meth:`prepare` look at the table: its stream may be gone because it is."""
         self._outdated = True
+
+    def check(self) -> Fault | None:
+        """Return why nothing could be delivered; see :class:`forwarder.sink.CheckingSink`."""
+        return self._service.check(self._api.target)
 
     @property
     def notice(self) -> str:
@@ -341,8 +344,8 @@ class AppendCalls:
 
     def fault(self, what: str, error: CallError) -> Fault:
         """Return the fault to report when the service refuses ``what``, or cannot be reached."""
-        if error.code == "UNAVAILABLE" and PLUGIN_FAILURE in error.details:
-            return self._api.why_no_token(error.details)
+        if error.code == "UNAVAILABLE" and (fault := self._api.access_fault(error.details)):
+            return fault
         problem = f"{what} of {self._service.table}: {error.code}: {error.details}"
         blame = blame_grpc(error.code)
         if blame is Blame.NOBODY or (error.code == "NOT_FOUND" and self._service.settling):

@@ -188,7 +188,7 @@ class AppendStream:
             return self.finalize(rows, "an earlier run of this forwarder made it")
         except FaultError as error:
             elsewhere = not same_table(journal.stream, self._calls.table)
-            if error.fault.kind is not FaultKind.HOLD or not elsewhere:
+            if error.fault.kind is not FaultKind.HOLD or error.fault.of_access or not elsewhere:
                 raise
             # We need no rights there any more: what was on its way goes to the new table.
             log.warning("the other table's stream cannot be asked: %s", error.fault)

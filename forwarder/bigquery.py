@@ -74,6 +74,10 @@ class InsertAllSink:
         """Called while a delivery only waits for the service (:mod:`forwarder.readahead`)."""
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="insert")
 
+    def check(self) -> Fault | None:
+        """Look whether rows could be delivered; see :class:`forwarder.sink.CheckingSink`."""
+        return self._service.check()
+
     @property
     def notice(self) -> str:
         """What an operator has to know while it delivers."""

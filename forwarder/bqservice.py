@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import google.auth.exceptions
 import requests
@@ -17,11 +18,17 @@ from google.api_core.exceptions import Conflict, GoogleAPICallError, RetryError
 from google.auth.credentials import AnonymousCredentials, Credentials
 from google.cloud import bigquery
 
-from forwarder.access import cannot_build, find_credentials, token_fault
+from forwarder.access import (
+    access_fault,
+    cannot_build,
+    find_credentials,
+    token_fault,
+    why_no_access,
+)
 from forwarder.faults import CREDENTIALS_REMEDY, Blame, FaultError, blame_http
 from forwarder.insertaccess import Authorization, route_to
 from forwarder.inserthttp import InsertConnections, UnsupportedProxyError
-from forwarder.partitions import Partitioning, TimeLimits, partitioning_of
+from forwarder.partitions import TimeLimits
 from forwarder.sharedcall import SharedCall
 from forwarder.sink import Fault, FaultKind
 from forwarder.table import (
@@ -29,10 +36,9 @@ from forwarder.table import (
     COLUMNS,
     PARTITION_COLUMN,
     Column,
-    ExistingColumn,
     ddl,
-    match,
 )
+from forwarder.tablefit import columns_of, not_a_table, partitioning_of_table
 from forwarder.tablename import TableName
 from forwarder.tablewatch import TableWatch
 from lifecycle import Settings
@@ -148,20 +154,60 @@ class TableService:
     def _connect(self) -> bigquery.Client:
         if self._client is None:
             emulator = self._settings.bigquery_emulator_host
-            self._credentials = (
-                AnonymousCredentials() if emulator else find_credentials(bigquery.Client.SCOPE)
-            )
+            self._credentials = AnonymousCredentials() if emulator else self._credentials_now()
             try:
-                self._client = bigquery.Client(
-                    project=self._settings.gcp_project_id,
-                    credentials=self._credentials,
-                    client_options={"api_endpoint": self.root} if self._endpoint else None,
-                )
+                self._client = self._new_client(self._credentials)
                 session = self._client._http  # noqa: SLF001 - the way to an answer's headers
                 session.hooks["response"].append(self._note_date)
             except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
                 raise FaultError(cannot_build(error)) from error
         return self._client
+
+    def _credentials_now(self) -> Credentials:
+        key_file = self._settings.google_application_credentials
+        return find_credentials(bigquery.Client.SCOPE, key_file)
+
+    def check(self, target: str = "") -> Fault | None:
+        """Return why no row could be written now; None if nothing is seen. Of any thread.
+
+        Args:
+            target: HOST:PORT of the write API, where rows go there.
+        """
+        if self._settings.bigquery_emulator_host:
+            return None
+        key_file = self._settings.google_application_credentials
+        missing = why_no_access(bigquery.Client.SCOPE, key_file, target)
+        return missing or self._missing_table()
+
+    def _missing_table(self) -> Fault | None:
+        """Look at the table by a connection of its own; return why it cannot be written to."""
+        try:
+            client = self._new_client(self._credentials_now())
+            with contextlib.closing(client):
+                table = client.get_table(self._reference, retry=NO_RETRY, timeout=self._deadline_s)
+        except FaultError as error:
+            return error.fault
+        except Exception as error:  # noqa: BLE001 - judged; what is not the service's is raised again
+            missing = getattr(error, "code", None) == 404  # noqa: PLR2004 - HTTP's number
+            if missing and self._settings.bigquery_create_table:
+                return None  # it is made for the first row
+            blame, fault = self.judge(error)
+            return (
+                Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
+                if blame is Blame.ROWS
+                else fault
+            )
+        if (unfit := not_a_table(str(self.table), table)) is not None:
+            return unfit
+        columns = columns_of(str(self.table), table)
+        return columns if isinstance(columns, Fault) else None
+
+    def _new_client(self, credentials: Credentials) -> bigquery.Client:
+        return bigquery.Client(
+            project=self._settings.gcp_project_id,
+            credentials=credentials,
+            client_options={"api_endpoint": self.root} if self._endpoint else None,
+        )
 
     def _note_date(self, response: requests.Response, *_: object, **__: object) -> None:
         """Learn the service's date from the answer to a request that it took."""
@@ -195,17 +241,10 @@ class TableService:
                 # There are no rows in this request: a name in the settings is wrong.
                 fault = Fault(FaultKind.HOLD, fault.problem, _NAMES_REMEDY)
             raise FaultError(fault) from error
-        if table.table_type not in {None, "TABLE"}:
-            raise FaultError(
-                Fault(
-                    FaultKind.HOLD,
-                    f"{self.table} is a {table.table_type}, which takes no rows",
-                    "set BIGQUERY_TABLE to a table",
-                )
-            )
+        if (unfit := not_a_table(str(self.table), table)) is not None:
+            raise FaultError(unfit)
         self._learn(table)
-        existing = [ExistingColumn(f.name, f.field_type, f.mode) for f in table.schema]
-        columns = match(str(self.table), existing)
+        columns = columns_of(str(self.table), table)
         if isinstance(columns, Fault):
             raise FaultError(columns)
         left_out = sorted({c.name for c in COLUMNS} - {c.name for c in columns})
@@ -215,7 +254,7 @@ class TableService:
 
     def _learn(self, table: bigquery.Table) -> None:
         """Take over what is not a matter of columns. Of any thread."""
-        self.limits.table_is(_partitioning(table))
+        self.limits.table_is(partitioning_of_table(table))
         if table.created is not None:
             self._told = round(table.created.timestamp() * 1000)
         self._watch_at = time.monotonic() + WATCH_EACH_S
@@ -307,6 +346,10 @@ class TableService:
             # The service, or a proxy before it, answered something that is no JSON.
             | ValueError,
         ):
+            root = urlsplit(self.root)
+            access = access_fault(error, root.hostname or "", root.port or 443)
+            if access is not None:
+                return Blame.OPERATOR, access
             problem = f"request to BigQuery for {self.table}: {type(error).__name__}: {error}"
             return Blame.NOBODY, Fault(FaultKind.TRANSIENT, problem)
         raise error
@@ -345,10 +388,3 @@ class TableService:
             "allow it: bq add-iam-policy-binding --member=serviceAccount:ACCOUNT "
             f"--role=roles/bigquery.dataEditor {self.table.for_bq}"
         )
-
-
-def _partitioning(table: bigquery.Table) -> Partitioning:
-    found = table.time_partitioning
-    if found is None:
-        return Partitioning()
-    return partitioning_of(found.field, str(found.type_), found.expiration_ms)

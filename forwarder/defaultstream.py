@@ -50,6 +50,10 @@ class DefaultStreamSink:
         self._guilty: set[int] = set()
         """By offset: appends that were refused before a later one was taken."""
 
+    def check(self) -> Fault | None:
+        """Look whether rows could be delivered; see :class:`forwarder.sink.CheckingSink`."""
+        return self._calls.check()
+
     @property
     def notice(self) -> str:
         """What an operator has to know while it delivers."""

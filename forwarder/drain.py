@@ -19,6 +19,7 @@ from forwarder.batch_delivery import LOOP, BatchDelivery
 from forwarder.bypass import Bypass
 from forwarder.gaplog import log_gaps
 from forwarder.hands import Hands
+from forwarder.idlecheck import IdleCheck
 from forwarder.loghold import LOOK_S, LogHold
 from forwarder.readahead import ReadAhead
 from forwarder.sink import JournalledSink, Sink
@@ -108,6 +109,12 @@ class Drain:
             clock=clock,
         )
         self._letters = batches.letters
+        self._idle_check = IdleCheck(
+            sink,
+            batches.set_status,
+            lambda: batches.set_status("delivering", batches.notice()),
+            clock,
+        )
         self._bypass = Bypass(
             sink,
             state,
@@ -173,11 +180,13 @@ class Drain:
                 self._check_spool()
             reader = self._reader
             if reader is None:
+                self._idle_check.look()
                 self._stop.wait(SPOOL_CHECK_S)
                 continue
             self._hold_for_log()
             bypassed = self._bypass.active
             if bypassed:
+                self._idle_check.delivered()
                 if not self._room_for_dead_letters(reader):
                     continue
                 wait_s = min(self._bypass.turn(reader), POLL_ANNOUNCED_S)
@@ -193,8 +202,10 @@ class Drain:
                 # those behind have waited long enough.
                 self._stop.wait(max(0.0, now + self._sink.gather_s - last_row_at))
             elif reader.listening:
+                self._idle_check.look()
                 self._stop.wait(POLL_ANNOUNCED_S, reader)
             else:
+                self._idle_check.look()
                 busy = self._clock() - last_row_at < BUSY_FOR_S
                 self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
 
@@ -266,6 +277,7 @@ class Drain:
             # After the read: an environment is claimed before its first row is written.
             self._batches.check_environment(reader, rows)
             any_rows = True
+            self._idle_check.delivered()
             begun = self._clock()
             if len(rows) == self._batch_rows or batch.shortened:  # then there is probably more
                 self._ahead.plan(rows[-1][0], partial(self._read, reader))

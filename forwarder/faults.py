@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from forwarder.sink import Fault
+from forwarder.sink import Fault, FaultKind
 
 
 class Blame(Enum):
@@ -77,6 +77,11 @@ class FaultError(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))
         self.fault = fault
+
+
+def access_hold(problem: str, remedy: str) -> Fault:
+    """Return the fault to report where every request lacks the same, until a person acts."""
+    return Fault(FaultKind.HOLD, problem, remedy, of_access=True)
 
 
 def blame_grpc(code: str) -> Blame:

@@ -24,7 +24,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from forwarder.sharedcall import SharedCall
 
@@ -110,10 +110,7 @@ class InsertConnections:
             proxy = urlsplit(route.proxy)
             if proxy.scheme != "http":
                 raise UnsupportedProxyError(f"{proxy.scheme}://{proxy.hostname}")
-            if proxy.username is not None:
-                pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-                secret = b64encode(pair.encode()).decode("ascii")
-                self._proxy_headers["Proxy-Authorization"] = f"Basic {secret}"
+            self._proxy_headers = proxy_headers(proxy)
             if self._context is None:
                 # A plain proxy is told the whole address (RFC 9112, section 3.2.2).
                 self._target = route.url
@@ -245,6 +242,14 @@ class InsertConnections:
         if proxy.netloc:
             connection.set_tunnel(*goal, self._proxy_headers)
         return connection
+
+
+def proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    """Return what tells a proxy who asks; nothing where its URL names no user."""
+    if proxy.username is None:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode('ascii')}"}
 
 
 def _context(authorities: str) -> ssl.SSLContext:

@@ -12,8 +12,10 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.types import ListTopicSubscriptionsRequest as _ListRequest
 from google.pubsub_v1.types import ListTopicSubscriptionsResponse as _ListResponse
 
-from forwarder.access import cannot_build, find_credentials
+from forwarder import authorities
+from forwarder.access import cannot_build, find_credentials, grpc_fault, why_no_access
 from forwarder.faults import FaultError
+from forwarder.sink import Fault
 from lifecycle import Settings
 
 CHANNEL_OPTIONS = (
@@ -31,6 +33,7 @@ EMULATOR_OPTIONS = (
     # It is on this machine or near it, without TLS: HTTPS_PROXY is not for it.
     ("grpc.enable_http_proxy", 0),
 )
+SCOPES = PublisherGrpcTransport.AUTH_SCOPES
 LIST_METHOD = "/google.pubsub.v1.Publisher/ListTopicSubscriptions"
 
 ListRequest = _ListRequest.pb()
@@ -52,6 +55,37 @@ def is_global(settings: Settings) -> bool:
         return False
     host = settings.pubsub_endpoint.partition(":")[0]
     return host in {"", PublisherClient.DEFAULT_ENDPOINT}
+
+
+def target(settings: Settings) -> str:
+    """Return HOST:PORT of the service itself."""
+    host = settings.pubsub_endpoint or PublisherClient.DEFAULT_ENDPOINT
+    # A colon may be IPv6's.
+    return host if host.rpartition(":")[2].isdigit() else f"{host}:443"
+
+
+def missing_access(settings: Settings) -> Fault | None:
+    """Return why nothing could be published now; None if nothing is seen. Of any thread.
+
+    The topic is not looked at: who may publish to it need not be allowed to see it.
+    """
+    if settings.pubsub_emulator_host:
+        return None
+    return why_no_access(SCOPES, settings.google_application_credentials, target(settings))
+
+
+def call_fault(settings: Settings, words: str, credentials: Credentials | None) -> Fault | None:
+    """Return the fault to report for a call without a token or a trusted connection.
+
+    Args:
+        settings: Where it led.
+        words: Of its status.
+        credentials: Those of the call; None for an emulator.
+
+    Returns:
+        None for a call that failed in another way.
+    """
+    return grpc_fault(words, target(settings), credentials)
 
 
 class Connection(NamedTuple):
@@ -77,15 +111,14 @@ def connect(settings: Settings) -> Connection:
         channel = grpc.insecure_channel(settings.pubsub_emulator_host, options=EMULATOR_OPTIONS)
         transport = PublisherGrpcTransport(channel=channel, credentials=AnonymousCredentials())
         return Connection(PublisherClient(transport=transport), channel, None)
-    host = settings.pubsub_endpoint or PublisherClient.DEFAULT_ENDPOINT
-    if not host.rpartition(":")[2].isdigit():  # a colon may be IPv6's
-        host = f"{host}:443"
-    credentials = find_credentials(PublisherGrpcTransport.AUTH_SCOPES)
+    host = target(settings)
+    credentials = find_credentials(SCOPES, settings.google_application_credentials)
     try:
         channel = PublisherGrpcTransport.create_channel(
             host,
             credentials=credentials,
-            scopes=PublisherGrpcTransport.AUTH_SCOPES,
+            scopes=SCOPES,
+            ssl_credentials=grpc.ssl_channel_credentials(authorities.renewed()),
             options=CHANNEL_OPTIONS,
         )
     except (GoogleAuthError, OSError, ValueError) as error:

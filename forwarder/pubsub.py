@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 from google.pubsub_v1.types import PublishResponse as _PublishResponse
 
-from forwarder.access import why_no_token
-from forwarder.faults import CREDENTIALS_REMEDY, PLUGIN_FAILURE, Blame, FaultError, blame_grpc
+from forwarder.faults import Blame, FaultError, blame_grpc
 from forwarder.lanes import Lane, Lanes, Request, sort_as_many_as_fit, sort_by_site
-from forwarder.publisher import Connection, connect, is_global, routing, subscription_lister
-from forwarder.recreated import Notes, RecreatedTopic, create_topic
+from forwarder.publisher import (
+    Connection,
+    call_fault,
+    connect,
+    is_global,
+    missing_access,
+    routing,
+    subscription_lister,
+)
+from forwarder.publishfault import publish_fault
+from forwarder.recreated import Notes, RecreatedTopic
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
@@ -150,8 +158,9 @@ class PubSubSink:
             self._recreated.accepted(next(r[0] for r in rows if r[0] not in open_seqs))
         fault = delivery.fault
         if fault is not None:
-            if PLUGIN_FAILURE in fault.problem and self._credentials is not None:
-                fault = delivery.fault = why_no_token(self._credentials, fault.problem)
+            why = call_fault(self._settings, fault.problem, self._credentials)
+            if why is not None:
+                fault = delivery.fault = why
                 delivery.faults = dict.fromkeys(delivery.faults, fault)
             if fault.kind is FaultKind.HOLD and not self._accepted:
                 # It is the topic or the account, as far as can be told, and no single site.
@@ -162,6 +171,10 @@ class PubSubSink:
                 # begins with a new connection.
                 self.close()
         return delivery
+
+    def check(self) -> Fault | None:
+        """Look whether messages could be published; see :class:`forwarder.sink.CheckingSink`."""
+        return missing_access(self._settings)
 
     def close(self) -> None:
         """Close the channel."""
@@ -187,6 +200,7 @@ class PubSubSink:
         lister = subscription_lister(self._connection.channel, self._topic, DEADLINE_S)
         fault = self._recreated.look(lister)
         if fault is not None:
+            fault = call_fault(self._settings, fault.problem, self._credentials) or fault
             self.close()  # as after any refusal: the next try begins with a new connection
         return fault
 
@@ -341,7 +355,7 @@ class PubSubSink:
             lane.split(sent)
         else:
             lane.waiting.appendleft(Request(sent))
-            fault = self._fault(code, details, blame)
+            fault = publish_fault(self._topic, code, details, blame)
             delivery.faults[sent[0][4]] = fault
             self._give_back(lane, delivery, fault)
             if code == "NOT_FOUND":
@@ -381,20 +395,3 @@ class PubSubSink:
         delivery.retry += lane.give_up()
         if delivery.fault is None or fault.kind is FaultKind.HOLD:
             delivery.fault = fault
-
-    def _fault(self, code: str, details: str, blame: Blame) -> Fault:
-        problem = f"publish to {self._topic}: {code}: {details}"
-        if blame is Blame.NOBODY:
-            return Fault(FaultKind.TRANSIENT, problem)
-        project, topic = self._topic.split("/")[1::2]
-        return Fault(
-            FaultKind.HOLD,
-            problem,
-            {
-                "NOT_FOUND": create_topic(self._topic),
-                "PERMISSION_DENIED": f"allow it: gcloud pubsub topics add-iam-policy-binding "
-                f"{topic} --project={project} --role=roles/pubsub.publisher "
-                "--member=serviceAccount:ACCOUNT",
-                "UNAUTHENTICATED": CREDENTIALS_REMEDY,
-            }.get(code, f"look at it: gcloud pubsub topics describe {topic} --project={project}"),
-        )

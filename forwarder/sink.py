@@ -33,6 +33,8 @@ class Fault:
     """What failed, on what, and why, in the service's words."""
     remedy: str = ""
     """The exact command or statement that mends it."""
+    of_access: bool = False
+    """Whether it concerns every request alike (credentials, a certificate that is not trusted)."""
     probe: bool = False
     """Whether rows behind these could tell if it is the service or these rows: hand them in too."""
 
@@ -99,6 +101,24 @@ class JournalledSink(Sink, Protocol):
         Returns:
             The seq through which the first batch has to reach, because rows up to there were
             being sent together; 0 if there were none.
+        """
+
+
+@runtime_checkable
+class CheckingSink(Sink, Protocol):
+    """A sink that can tell whether it could deliver, while there is nothing to deliver."""
+
+    def check(self) -> Fault | None:
+        """Look at what a delivery takes: credentials, a token, a service that is trusted.
+
+        Called in a thread of its own, also while :meth:`deliver` is called, so it uses nothing
+        of a delivery's. It may take as long as the libraries do, writes nothing to the service,
+        and costs it a request or two.
+
+        Returns:
+            The fault that a delivery would report; None if none is seen.
+
+        Never raises for what the network or the service does.
         """
 
 

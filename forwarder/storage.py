@@ -88,6 +88,10 @@ class StorageSink:
         """Take up the journal; see :class:`forwarder.sink.JournalledSink`."""
         return self._stream.resume(epoch)
 
+    def check(self) -> Fault | None:
+        """Look whether rows could be delivered; see :class:`forwarder.sink.CheckingSink`."""
+        return self._calls.check()
+
     @property
     def notice(self) -> str:
         """What an operator has to know while it delivers."""

@@ -23,9 +23,10 @@ from google.cloud.bigquery_storage_v1.services.big_query_write.transports import
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
-from forwarder.access import cannot_build, find_credentials, why_no_token
+from forwarder import authorities
+from forwarder.access import cannot_build, find_credentials, grpc_fault
 from forwarder.faults import PLUGIN_FAILURE, FaultError
-from forwarder.sink import Fault, FaultKind
+from forwarder.sink import Fault
 from lifecycle import Settings
 
 if TYPE_CHECKING:
@@ -90,11 +91,15 @@ class WriteApi:
     Args:
         settings: Emulator or endpoint, if any.
         table: ``projects/P/datasets/D/tables/T``.
+
+    Attributes:
+        target: HOST:PORT of the service itself.
     """
 
     def __init__(self, settings: Settings, table: str) -> None:
         self._emulator = settings.bigquery_storage_emulator_host
-        self._target = with_port(
+        self._key_file = settings.google_application_credentials
+        self.target = with_port(
             settings.bigquery_storage_endpoint or BigQueryWriteClient.DEFAULT_ENDPOINT
         )
         self._table = table
@@ -122,12 +127,13 @@ class WriteApi:
             channel = grpc.insecure_channel(self._emulator, options=EMULATOR_OPTIONS)
         else:
             # Each channel reads them anew: the key file may be another one since.
-            self._credentials = find_credentials(transport.AUTH_SCOPES)
+            self._credentials = find_credentials(transport.AUTH_SCOPES, self._key_file)
             try:
                 channel = transport.create_channel(
-                    self._target,
+                    self.target,
                     credentials=self._credentials,
                     scopes=transport.AUTH_SCOPES,
+                    ssl_credentials=grpc.ssl_channel_credentials(authorities.renewed()),
                     options=CHANNEL_OPTIONS,
                 )
             except (GoogleAuthError, OSError, ValueError) as error:
@@ -135,15 +141,16 @@ class WriteApi:
         self._channel = channel
         return channel
 
-    def why_no_token(self, details: str) -> Fault:
-        """Return the fault to report for a call that could not have an access token.
+    def access_fault(self, details: str) -> Fault | None:
+        """Return the fault to report for a call without a token or a trusted connection.
 
         Args:
             details: The words of its status.
+
+        Returns:
+            None for a call that failed in another way.
         """
-        if self._credentials is None:
-            return Fault(FaultKind.TRANSIENT, f"no access token: {details}")
-        return why_no_token(self._credentials, details)
+        return grpc_fault(details, self.target, self._credentials)
 
     def create_stream(self, *, pending: bool = False) -> str:
         """Make a stream whose rows are in the table once they are confirmed; return its name.

@@ -14,10 +14,12 @@ from lifecycle.program import Program, leave, run
 from lifecycle.rate_limited_log import RateLimitedLog
 from lifecycle.settings import SINKS, Settings, SettingsError, load_settings
 from lifecycle.shutdown import StopRequest
+from lifecycle.version import VERSION, tell_version
 from lifecycle.watchdog import Watchdog
 
 __all__ = [
     "SINKS",
+    "VERSION",
     "AlreadyRunningError",
     "EnvironmentFileError",
     "ExitCode",
@@ -38,5 +40,6 @@ __all__ = [
     "printable",
     "read_identity",
     "run",
+    "tell_version",
     "write_identity",
 ]

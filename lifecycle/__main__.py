@@ -3,13 +3,16 @@
 import os
 import socket
 import sys
+from collections.abc import Sequence
 
-from lifecycle import ExitCode, configure_logging, leave
+from lifecycle import ExitCode, configure_logging, leave, tell_version
 from lifecycle.restarter import serve
 
 
-def main() -> ExitCode:
+def main(arguments: Sequence[str] = ()) -> ExitCode:
     """Run the restarter until supervisord ends."""
+    if arguments:
+        return tell_version("lifecycle", arguments)
     # Standard output belongs to supervisord's protocol.
     configure_logging("restarter", stream=sys.stderr)
     try:
@@ -20,4 +23,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(sys.argv[1:]))

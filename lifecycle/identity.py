@@ -19,7 +19,7 @@ IDENTITY_FILE = "identity.json"
 FORMER_SESSIONS_MAX = 8
 """Kept for an operator who looks for messages that the broker still holds."""
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")]
 ClientId = Annotated[str, Meta(min_length=1, max_length=240)]
 
 

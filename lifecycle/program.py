@@ -8,12 +8,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from lifecycle.exitcodes import ExitCode
+from lifecycle.exposure import exposed_files
 from lifecycle.instance import AlreadyRunningError, InstanceLock
 from lifecycle.logs import configure_logging, fields
 from lifecycle.proxies import proxies_for_grpc
@@ -26,8 +27,10 @@ from lifecycle.refusal import (
     read_refusal,
     still_refused,
 )
+from lifecycle.report import report_settings
 from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
+from lifecycle.version import VERSION
 
 STORAGE_FAULT_MIN_UPTIME_S = 5.0
 """A process with a storage fault stays this long, above supervisord's ``startsecs``: it counts as
@@ -69,7 +72,7 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     run_dir = environ.get(RUN_DIR_VARIABLE, "")
     settings = found.settings
     if settings is None:
-        _report_settings(found.problems)
+        report_settings(program.role, found.problems, found.warnings)
         reason = "; ".join(found.problems)
         note_refusal(run_dir, program.role, found.fingerprint, reason, 0.0)
         return ExitCode.CONFIG
@@ -78,8 +81,11 @@ def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
     variables, proxy_problems = proxies_for_grpc(environ)
     environ.update(variables)
     configure_logging(program.role, settings.log_level, settings.log_format)
+    report_settings(program.role, (), found.warnings)
     for problem in proxy_problems:
         log.warning("the proxy: %s", problem)
+    for problem in exposed_files(program.role, environ):
+        log.warning("a secret is exposed: %s", problem)
     refusal = read_refusal(run_dir, program.role)
     if refusal is not None and still_refused(refusal, found.fingerprint):
         log.critical("ends: %s", refusal.reason, extra=fields(exit_code=int(ExitCode.CONFIG)))
@@ -128,7 +134,12 @@ def _run_body(
         return ExitCode.STORAGE
     log.info(
         "started",
-        extra=fields(app_env=settings.app_env, pid=os.getpid(), instance_id=settings.instance_id),
+        extra=fields(
+            version=VERSION,
+            app_env=settings.app_env,
+            pid=os.getpid(),
+            instance_id=settings.instance_id,
+        ),
     )
     _tell_kept_id(settings.instance_id, found.environ)
     try:
@@ -190,20 +201,6 @@ def _prepare_directory(directory: Path) -> None:
     if not directory.exists():
         directory.mkdir(parents=True)
         directory.chmod(0o2750)
-
-
-def _report_settings(problems: Sequence[str]) -> None:
-    count = len(problems)
-    log.critical(
-        "configuration: %d problem%s, nothing was started; correct the environment or the file "
-        "that SLUICE_ENV_FILE names: this program is then tried again within 10 s, or at once by: "
-        "supervisorctl restart all",
-        count,
-        "" if count == 1 else "s",
-        extra=fields(exit_code=int(ExitCode.CONFIG)),
-    )
-    for number, problem in enumerate(problems, 1):
-        log.critical("configuration %d/%d: %s", number, count, problem)
 
 
 def _leave_overdue() -> NoReturn:

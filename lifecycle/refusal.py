@@ -9,15 +9,21 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from lifecycle.environment import ENV_FILE_VARIABLE, EnvironmentFileError, merged_environment
+from lifecycle.environment import (
+    ENV_FILE_VARIABLE,
+    EnvironmentFile,
+    merge,
+    read_environment_file,
+)
 from lifecycle.logs import fields
 from lifecycle.settings import Settings, SettingsError, load_settings
+from lifecycle.unknown import quoted_values, unknown_variables
 
 RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
 """Names the directory of the notes. supervisord.conf sets it; without it none are kept."""
@@ -55,6 +61,8 @@ class Circumstances:
     """None where they are wrong."""
     problems: tuple[str, ...]
     """What is wrong with them; empty where nothing is."""
+    warnings: tuple[str, ...]
+    """What may be meant otherwise: variables that have no effect, or are set twice."""
     fingerprint: str
     """Differs when a program that was refused has a reason to be tried again."""
 
@@ -70,18 +78,37 @@ def examine(environ: Mapping[str, str], host_name: str) -> Circumstances:
     file = environ.get(ENV_FILE_VARIABLE, "")
     # This module stands for the release: another one may accept what this one refuses.
     identity = [_identity(Path(__file__)), _identity(Path(file)) if file else ""]
-    merged: Mapping[str, str] = environ
-    settings, problems = None, []
+    found = read_environment_file(environ)
+    merged = merge(environ, found)
+    settings, problems = None, list(found.problems)
     try:
-        merged = merged_environment(environ)
         settings = load_settings(merged, host_name)
         identity += _databases(settings.spool_dir)
-    except EnvironmentFileError as error:
-        problems = [str(error)]
     except SettingsError as error:
-        problems = error.problems
+        problems += _not_for_want_of(found, error.problems)
+    if problems:
+        settings = None
+    warnings = [
+        *found.warnings,
+        *unknown_variables(environ, found.values, found.path),
+        *quoted_values(merged),
+    ]
     digest = hashlib.blake2b(repr((identity, settings, problems)).encode(), digest_size=16)
-    return Circumstances(merged, settings, tuple(problems), digest.hexdigest())
+    return Circumstances(merged, settings, tuple(problems), tuple(warnings), digest.hexdigest())
+
+
+def _not_for_want_of(found: EnvironmentFile, problems: Sequence[str]) -> list[str]:
+    """Return the problems that are none of what could not be read: they would mislead."""
+    if not found.readable:
+        return []
+    named = [(problem.partition(":")[0], problem) for problem in problems]
+    # What is required depends on APP_ENV.
+    unsure = "APP_ENV" in found.garbled
+    return [
+        problem
+        for name, problem in named
+        if name not in found.garbled and not (unsure and problem.startswith(f"{name}: not set"))
+    ]
 
 
 def _identity(path: Path) -> str:

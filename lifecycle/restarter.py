@@ -24,6 +24,7 @@ from supervisor.childutils import getRPCInterface
 
 from lifecycle.logs import fields
 from lifecycle.refusal import RUN_DIR_VARIABLE, examine, read_refusal
+from lifecycle.version import VERSION
 
 BACKOFF_FIRST_S = 5.0
 BACKOFF_MAX_S = 30.0
@@ -165,6 +166,6 @@ def serve(environ: Mapping[str, str], host_name: str) -> None:
         fingerprint=lambda: examine(environ, host_name).fingerprint,
         run_dir=environ.get(RUN_DIR_VARIABLE, ""),
     )
-    log.info("started")
+    log.info("started", extra=fields(version=VERSION))
     for _ in events(sys.stdin.buffer, sys.stdout.buffer):
         restarter.turn()

@@ -6,14 +6,16 @@ processes, which matters on a small edge VM; msgspec is here already.)
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
+from lifecycle.addresses import broker_host, check_address, without_user
+from lifecycle.authorityfile import check_authorities
+from lifecycle.environment import in_quotes
 from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
 
@@ -38,15 +40,15 @@ TimestampFormat = Literal["rfc3339", "naive", "epoch", "epoch_ms"]
 WriteMethod = Literal["storage", "storage_default", "insert_all"]
 DEFAULT_WRITE_METHOD: WriteMethod = "storage"
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}$")]
+Project = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,99}\Z")]
 Topic = Annotated[
-    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
+    str, Meta(pattern=r"^(projects/[^/\s]+/topics/)?(?!goog)[A-Za-z][A-Za-z0-9._~+%-]{2,254}\Z")
 ]
-Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}$")]
-Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}$")]
-HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
-Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?$")]
-HttpsUrl = Annotated[str, Meta(pattern=r"^https://[^\s/@?#]+/?$")]
+Dataset = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,1024}\Z")]
+Table = Annotated[str, Meta(pattern=r"^[\w -]{1,1024}\Z")]
+HostPort = Annotated[str, Meta(pattern=r"^([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?\Z")]
+Url = Annotated[str, Meta(pattern=r"^https?://[^\s/]+/?\Z")]
+HttpsUrl = Annotated[str, Meta(pattern=r"^https://[^\s/@?#]+/?\Z")]
 """An access token goes there, so never in the clear."""
 
 
@@ -70,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bigquery_dataset: Dataset = ""
     bigquery_table: Table = ""
     pubsub_topic: Topic = ""
-    mqtt_broker: Annotated[str, Meta(pattern=r"^[^\s/]+$")] = "localhost"
+    mqtt_broker: str = "localhost"
     mqtt_port: Port = 1883
     mqtt_topic: tuple[str, ...] = ("FCTS/FAE/+/SolvExtract/+",)
     mqtt_client_id: ClientId = ""
@@ -102,6 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bigquery_emulator_host: Url = ""
     bigquery_storage_emulator_host: HostPort = ""
     google_application_credentials: str = ""
+    cloud_ca_file: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 
@@ -125,7 +128,7 @@ _EXPECTED = {
     "bigquery_dataset": "a dataset id: letters, digits and underscores",
     "bigquery_table": "a table id, without project and dataset",
     "pubsub_topic": "a topic id of at least 3 characters, or projects/PROJECT/topics/TOPIC",
-    "mqtt_broker": "a host name or address",
+    "mqtt_broker": "a host name or address, without port",
     "mqtt_port": "a port number from 1 to 65535",
     "mqtt_topic": "MQTT topic filters, separated by commas",
     "mqtt_client_id": "a text of 1 to 240 characters",
@@ -156,6 +159,7 @@ _EXPECTED = {
     "bigquerystorage.europe-west1.rep.googleapis.com:443",
     "bigquery_emulator_host": "a URL without a path, such as http://localhost:9050",
     "bigquery_storage_emulator_host": "host:port, such as localhost:9060 or [::1]:9060",
+    "cloud_ca_file": "a file of authorities' certificates in PEM form, which this user can read",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
     "log_format": "json or text",
 }
@@ -176,6 +180,7 @@ _READABLE_FILES = (
     "mqtt_tls_ca_file",
     "mqtt_tls_cert_file",
     "mqtt_tls_key_file",
+    "cloud_ca_file",
 )
 
 
@@ -239,10 +244,8 @@ def _convert(field: str, raw: str, hint: object) -> object:
     value: object = raw
     if field in {"mqtt_topic", "timestamp_formats"}:
         value = tuple(part.strip() for part in raw.split(","))
-    elif field in {"spool_max_bytes", "dead_letter_max_bytes"}:
-        value = _size(raw)
-    elif field == "log_level":
-        value = raw.upper()
+    elif field in _READ:
+        value = _READ[field](raw)
     elif field == "bigquery_endpoint" and "://" not in raw:
         value = f"https://{raw}"
     converted: object = msgspec.convert(value, hint, strict=False, dec_hook=_custom)
@@ -255,9 +258,9 @@ def _convert(field: str, raw: str, hint: object) -> object:
     if field == "spool_dir" and isinstance(converted, Path) and not converted.is_absolute():
         raise ValueError("the path is not absolute")
     if field in _ADDRESSES:
-        _check_address(raw)
+        check_address(raw)
     if field in _READABLE_FILES and isinstance(converted, Path):
-        _check_readable(converted)
+        _check_readable(field, converted)
     return converted
 
 
@@ -268,21 +271,23 @@ def _size(raw: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
 
 
-def _check_address(text: str) -> None:
-    """Refuse what has the form of an address, but leads nowhere."""
-    parts = urlsplit(text if "://" in text else f"//{text}")
-    if not parts.hostname:
-        raise ValueError("there is no host")
-    if parts.port == 0:  # asking for it raises where it is above 65535
-        raise ValueError("nobody listens on port 0")
+_READ: dict[str, Callable[[str], object]] = {
+    "spool_max_bytes": _size,
+    "dead_letter_max_bytes": _size,
+    "mqtt_broker": broker_host,
+    "log_level": str.upper,
+}
+"""What is more than a text in the environment's form, by field."""
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(field: str, path: Path) -> None:
     try:
         with path.open("rb"):
             pass
     except OSError as error:
         raise ValueError(f"cannot read the file: {error.strerror}") from error
+    if field == "cloud_ca_file":
+        check_authorities(path)
 
 
 def _check_topic_filters(filters: tuple[str, ...]) -> None:
@@ -305,9 +310,13 @@ def _check_topic_filters(filters: tuple[str, ...]) -> None:
 
 
 def _describe(field: str, raw: str, error: ValueError) -> str:
+    if field in {"mqtt_broker", *_ADDRESSES}:
+        raw = without_user(raw)
     shown = printable(raw[:_SHOWN_VALUE_CHARS])
     expected = _EXPECTED.get(field, "a file that this user can read")
     text = f"{field.upper()}: {shown!r} is wrong; expected {expected}"
+    if in_quotes(raw):
+        text += ", and the quotes count as a part of the value"
     # msgspec's own sentences repeat the pattern; ours add what the pattern cannot say.
     return text if isinstance(error, msgspec.ValidationError) else f"{text} ({error})"
 

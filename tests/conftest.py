@@ -3,9 +3,15 @@
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
 
 import lifecycle.program
 from tests.harness import last_words
+
+# How long an example takes is the machine's business, and a busy one is no failure; what hangs is
+# ended by pytest's own limit. What has failed can be tried again as it was drawn.
+settings.register_profile("sluice", deadline=None, print_blob=True)
+settings.load_profile("sluice")
 
 
 @pytest.hookimpl(wrapper=True)

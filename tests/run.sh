@@ -18,7 +18,7 @@ check() { # <command ...>
 }
 
 install_packages note \
-  mosquitto mosquitto-clients openssl sqlite3 python3-venv strace procps shellcheck
+  mosquitto mosquitto-clients openssl sqlite3 python3-venv strace procps iproute2 mount shellcheck
 make_venv
 PATH=$PWD/$VENV/bin:$PATH
 export PATH

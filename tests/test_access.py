@@ -120,6 +120,4 @@ def test_an_emulator_of_the_write_api_has_no_credentials_to_judge() -> None:
     environment = {"APP_ENV": "LOCAL", "BIGQUERY_STORAGE_EMULATOR_HOST": "localhost:1"}
     environment["BIGQUERY_EMULATOR_HOST"] = "http://localhost:1"
     api = WriteApi(load_settings(environment, "gate"), "projects/p/datasets/d/tables/t")
-    fault = api.why_no_token(DETAILS)
-    assert fault.kind is FaultKind.TRANSIENT
-    assert DETAILS in fault.problem
+    assert api.access_fault(DETAILS) is None

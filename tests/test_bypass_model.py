@@ -71,4 +71,4 @@ class BypassMachine(DrainMachine):
 
 
 TestBypassModel = BypassMachine.TestCase
-TestBypassModel.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestBypassModel.settings = settings(max_examples=40, stateful_step_count=25)

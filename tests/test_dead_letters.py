@@ -202,7 +202,7 @@ def test_the_oldest_gaps_give_way_and_their_sum_stays(state: SinkState) -> None:
     assert state.counters()["gaps_forgotten"] == 5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["keep", "deliver", "discard", "reopen"]), st.integers(1, 30)),

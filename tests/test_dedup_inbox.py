@@ -31,7 +31,7 @@ def test_the_window_is_the_last_so_many_different_ids(size: int, ids: list[int])
         assert len(window) == len(kept)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(size=st.integers(100, 400), seed=st.integers(0, 2**32))
 def test_a_window_of_many_buckets_forgets_in_the_order_of_arrival(size: int, seed: int) -> None:
     ids = [identity(seed + n) for n in range(2 * size)]

@@ -22,6 +22,7 @@ from demo.ledger import Figures, SinkFigures, read_figures
 from demo.simulator import READINGS_PER_S, SITES, TAGS, Plant, Published, Simulator
 from demo.summary import reconcile, summary_lines
 from demo.view import header, live_line
+from lifecycle import VERSION
 
 ROOT = Path(__file__).parent.parent
 INSTALL_TIMEOUT_S = 280
@@ -152,6 +153,96 @@ def test_an_unprivileged_user_can_run_the_demo_with_a_broker_from_pypi(directory
     assert_adds_up(result.stdout)
     assert (home / "demo-data" / "spool" / "spool.db").exists()
     assert running_below(directory) == {}
+
+
+def test_the_closing_hint_works_as_printed_without_sqlite3_and_fits_80_columns(
+    directory: Path,
+) -> None:
+    odd = directory / "my $demo (1)"
+    odd.mkdir()
+    (odd / "venv").symlink_to(sys.prefix)
+    result = subprocess.run(
+        [sys.executable, "-m", "demo", "--dir", str(odd), "--seconds", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEMO_TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.startswith(f"Sluice {VERSION}; mosquitto on port ")
+    hint = result.stdout.partition("Look for yourself:\n")[2].rpartition("\n\n")[0]
+    assert all(len(line) <= 80 for line in hint.splitlines() if "cd " not in line)
+    nowhere = directory / "bin"
+    nowhere.mkdir()
+    shown = subprocess.run(
+        ["/bin/sh", "-euc", hint],
+        env={"PATH": str(nowhere), "HOME": "/"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=DEMO_TIMEOUT_S,
+        check=False,
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for word in ("pubsub", "bigquery", "delivered", "reason", "last_topic"):
+        assert word in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def without_mosquitto(
+    directory: Path, *arguments: str, tools: dict[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Run the demo where Mosquitto is not installed, there is no network, and TMPDIR is its own."""
+    for name in ("bin", "tmp"):
+        (directory / name).mkdir()
+    for name, script in tools.items():
+        (directory / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (directory / "bin" / name).chmod(0o755)
+    return subprocess.run(
+        [
+            *("unshare", "--mount", "--net", "sh", "-ec"),
+            'mount -t tmpfs none /usr/sbin; exec "$@"',
+            *("sh", str(ROOT / "install.sh"), "--demo", "--dir", str(directory / "demo")),
+            *arguments,
+        ],
+        env={
+            "PATH": f"{directory / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "PYTHON": sys.executable,
+            "TMPDIR": str(directory / "tmp"),
+            "PIP_RETRIES": "0",
+            "PIP_NO_CACHE_DIR": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=DEMO_TIMEOUT_S,
+        check=False,
+    )
+
+
+@as_root
+def test_a_broker_that_is_not_there_is_told_before_the_environment_is_built(
+    directory: Path,
+) -> None:
+    tools = {"apt-get": "exit 100", "dpkg-query": "exit 1"}
+    result = without_mosquitto(directory, "--broker", "mosquitto", tools=tools)
+    assert result.returncode == 1
+    assert "--broker mosquitto: Mosquitto is not installed" in result.stderr
+    assert "sudo apt-get install mosquitto" in result.stderr
+    assert "Python packages" not in result.stdout
+    assert not (directory / "demo" / "venvs").exists()
+
+
+@as_root
+@pytest.mark.parametrize("apt", ["exit 100", "exit 0"])
+def test_roots_demo_leaves_no_temporary_file_behind(directory: Path, apt: str) -> None:
+    # It tries to install Mosquitto, gets none, and goes on with the other broker, for which it
+    # needs the network.
+    tools = {"apt-get": f"echo called >> {directory}/called; {apt}", "dpkg-query": "exit 1"}
+    result = without_mosquitto(directory, tools=tools)
+    assert (directory / "called").exists()
+    assert "pip cannot install requirements-demo.lock" in result.stderr
+    assert [path.name for path in (directory / "tmp").iterdir()] == []
 
 
 # ------------------------------------------------------------------ what people do to it

@@ -184,7 +184,7 @@ def assert_settled_once_in_order(bench: Bench, sink: RandomSink, rows: int) -> N
     assert bench.counters() == (len(acknowledged), len(sink.dead), 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     seed=st.integers(0, 2**32),
@@ -203,7 +203,7 @@ def test_every_row_is_settled_exactly_once_and_in_order(
 
 
 # Few examples: each is up to some hundred restarts, with their syncs.
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**32), trouble=st.floats(0.2, 0.6), steps=st.integers(1, 4))
 def test_a_restart_at_any_wait_repeats_but_loses_and_reorders_nothing(
     tmp_path_factory: pytest.TempPathFactory, seed: int, trouble: float, steps: int

@@ -134,4 +134,4 @@ class DrainMachine(RuleBasedStateMachine):
 
 
 TestDrainModel = DrainMachine.TestCase
-TestDrainModel.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestDrainModel.settings = settings(max_examples=25, stateful_step_count=20)

@@ -166,3 +166,11 @@ def test_a_full_disk_stops_no_start(
     started(tmp_path, "host").subscribed()
     assert book.levels("cannot keep the identity") == ["WARNING", "WARNING"]
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_id_that_ends_in_a_new_line_is_none(tmp_path: Path) -> None:
+    """It would end in the client id and in every row."""
+    (tmp_path / IDENTITY_FILE).write_text('{"instance_id": "gate\\n"}')
+    assert read_identity(tmp_path) is None
+    (tmp_path / IDENTITY_FILE).write_text('{"instance_id": "gate"}')
+    assert read_identity(tmp_path) is not None

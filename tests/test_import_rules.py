@@ -124,7 +124,10 @@ def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> No
                 "forwarder/rowproto.py",
             },
         ),
-        (("requests",), {"forwarder/bqservice.py", "forwarder/insertaccess.py"}),
+        (
+            ("requests",),
+            {"forwarder/authorities.py", "forwarder/bqservice.py", "forwarder/insertaccess.py"},
+        ),
         (("dotenv",), {"lifecycle/environment.py"}),
         (("supervisor", "xmlrpc"), {"lifecycle/restarter.py"}),
     ],

@@ -210,9 +210,10 @@ def test_a_service_that_cannot_prove_its_name_gets_no_rows(fake: FakeBigQuery, k
     with Relay(fake.port, keys.server) as front:
         sink = made(f"https://localhost:{front.port}")
         sink._columns = COLUMNS  # noqa: SLF001 - Google's client would refuse it first
-        fault = fault_of(sink.deliver(readings(5)), FaultKind.TRANSIENT, 5)
+        fault = fault_of(sink.deliver(readings(5)), FaultKind.HOLD, 5)
         sink.close()
-    assert "certificate verify failed" in fault.problem
+    assert f"the certificate of localhost:{front.port} is refused" in fault.problem
+    assert "CLOUD_CA_FILE" in fault.remedy
     assert fake.requests == 0
 
 

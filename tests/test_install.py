@@ -1,6 +1,7 @@
 """What install.sh and its files promise, tried on the real programs."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -64,14 +65,15 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
 
 def pins(lock: str) -> dict[str, str]:
     text = (ROOT / lock).read_text()
-    return dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", text, re.MULTILINE))
+    return dict(re.findall(r"^([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==([^ ]+)", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
     allowed = re.compile(
         r"#([^/\\:]|deploy/lock\.sh)*"  # a comment, which names no other path and no address
-        r"|[a-z0-9-]+==[0-9a-z.]+( ; [a-z_]+ (==|!=) '\w+'( and [a-z_]+ (==|!=) '\w+')*)? \\"
+        r"|[a-z0-9-]+(\[[a-z0-9,-]+\])?==[0-9a-z.]+"
+        r"( ; [a-z_]+ (==|!=) '\w+'( and [a-z_]+ (==|!=) '\w+')*)? \\"
         r"|    --hash=sha256:[0-9a-f]{64}( \\)?"
     )
     odd = [line for line in (ROOT / lock).read_text().splitlines() if not allowed.fullmatch(line)]
@@ -90,6 +92,51 @@ def test_the_locks_agree_with_each_other_and_with_pyproject() -> None:
         assert lock[canonicalize_name(requirement.name)] in requirement.specifier
     assert "amqtt" in demo
     assert "amqtt" not in runtime
+
+
+def extras_of(lock: str) -> dict[str, set[str]]:
+    text = (ROOT / lock).read_text()
+    found = re.findall(r"^([a-z0-9-]+)(?:\[([a-z0-9,-]+)\])?==", text, re.MULTILINE)
+    return {name: set(extras.split(",")) - {""} for name, extras in found}
+
+
+def needs(name: str, extras: set[str]) -> list[Requirement]:
+    """Return what a distribution requires here, when it is installed with these extras."""
+    told = map(Requirement, importlib.metadata.requires(name) or ())
+    environments = [{"extra": extra} for extra in ("", *extras)]
+    return [
+        one
+        for one in told
+        if one.marker is None or any(one.marker.evaluate(where) for where in environments)
+    ]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_names_all_that_its_packages_require_extras_included(lock: str) -> None:
+    """``pip --require-hashes`` without ``--no-deps`` refuses a lock that does not."""
+    locked, versions = extras_of(lock), pins(lock)
+    # Debian 12's pip counts NAME and NAME[EXTRA] as two things.
+    plain = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / lock).read_text(), re.MULTILINE))
+    assert plain == set(locked)
+    missing = [
+        f"{name} requires {one}"
+        for name, extras in locked.items()
+        # Not installed here: for another Python or another system.
+        if is_installed(name)
+        for one in needs(name, extras)
+        if versions.get(canonicalize_name(one.name), "") not in one.specifier
+        or not {canonicalize_name(extra) for extra in one.extras}
+        <= locked[canonicalize_name(one.name)]
+    ]
+    assert missing == []
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def test_the_tests_run_on_what_is_locked() -> None:
@@ -114,7 +161,8 @@ def refusal(result: "subprocess.CompletedProcess[str]") -> str:
 
 def test_help_names_every_option_and_fits_80_columns() -> None:
     text = run(INSTALL, "--help").stdout
-    for word in ("--demo", "--seconds", "--dir", "--broker", "--uninstall", "MQTT_BROKER"):
+    options = ("--demo", "--seconds", "--dir", "--broker", "--uninstall", "--version")
+    for word in (*options, "MQTT_BROKER"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80
 

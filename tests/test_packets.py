@@ -73,7 +73,7 @@ others = st.builds(
 streams = st.lists(st.one_of(messages, others), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stream=streams, cuts=st.lists(st.integers(0, 5000), max_size=30), dup=st.booleans())
 def test_any_split_of_a_stream_gives_the_same_packets(
     stream: list[Message | Packet],
@@ -90,7 +90,7 @@ def test_any_split_of_a_stream_gives_the_same_packets(
     assert reader.malformed == ""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stream=streams)
 def test_one_byte_at_a_time_gives_the_same_packets(stream: list[Message | Packet]) -> None:
     data = b"".join(publish(p) if isinstance(p, Message) else other(p) for p in stream)
@@ -99,7 +99,7 @@ def test_one_byte_at_a_time_gives_the_same_packets(stream: list[Message | Packet
     assert got[1] == [p for p in stream if isinstance(p, Packet)]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pieces=st.lists(st.binary(max_size=60), max_size=8))
 def test_arbitrary_bytes_never_raise(pieces: list[bytes]) -> None:
     reader = PacketReader(LIMIT)
@@ -110,7 +110,7 @@ def test_arbitrary_bytes_never_raise(pieces: list[bytes]) -> None:
             assert got.size >= len(got.payload)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pieces=st.lists(
         st.one_of(st.binary(max_size=4), st.integers(0, 200_000).map(lambda n: b"\x32" * n)),

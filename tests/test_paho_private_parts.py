@@ -196,7 +196,7 @@ def test_every_small_packet_of_a_broker_that_is_mad_is_survived() -> None:
             wire.close()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(min_size=1, max_size=60))
 def test_any_bytes_of_a_broker_are_survived(data: bytes) -> None:
     wire = _Connected()

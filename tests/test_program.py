@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lifecycle.program
-from lifecycle import ExitCode, Program, Settings, StopRequest, run
+from lifecycle import VERSION, ExitCode, Program, Settings, StopRequest, run
 from lifecycle.refusal import examine, read_refusal
 from tests.test_lifecycle import DEADLINE_S, HOLD_LOCK, Session, took_s
 
@@ -88,6 +88,10 @@ def test_each_end_has_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtur
         failed = OSError(errno.EIO, "Input/output error", str(tmp_path / path))
         assert run_body(tmp_path / own, raising(failed)) is code
     output = capsys.readouterr().out
+    assert (
+        f'"message": "started", "role": "role", "logger": "lifecycle", "version": "{VERSION}"'
+        in (output)
+    )
     assert "stopped: SIGTERM" in output
     assert "ends: disk" in output
     assert "ValueError: oops" in output

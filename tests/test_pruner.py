@@ -210,7 +210,7 @@ def test_a_step_is_smaller_where_it_takes_long_and_grows_again(
     assert asked == down + [least << n for n in range(PRUNE_STEP_HALVINGS)] + [PRUNE_STEP_ROWS] * 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     turns=st.lists(
         st.tuples(st.integers(0, 400), st.integers(0, 2000), st.booleans(), st.booleans()),

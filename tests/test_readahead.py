@@ -97,7 +97,7 @@ def test_a_full_batch_is_followed_by_reading_before_its_answer(
     assert bench.counters() == (17, 0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 60),
     seed=st.integers(0, 2**32),

@@ -60,6 +60,7 @@ WRONG = {
     "BIGQUERY_STORAGE_ENDPOINT": "https://host",
     "BIGQUERY_EMULATOR_HOST": "localhost:9050",
     "BIGQUERY_STORAGE_EMULATOR_HOST": "http://host",
+    "CLOUD_CA_FILE": "/nowhere/authority",
     "LOG_LEVEL": "LOUD",
     "LOG_FORMAT": "xml",
 }
@@ -304,7 +305,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(variables, values), st.text())
 def test_nothing_but_settings_or_a_report_comes_out(environ: dict[str, str], host: str) -> None:
     try:

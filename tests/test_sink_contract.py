@@ -20,12 +20,14 @@ from forwarder.bigquery import InsertAllSink
 from forwarder.defaultstream import DefaultStreamSink
 from forwarder.logsink import LogSink
 from forwarder.pubsub import PubSubSink
-from forwarder.sink import Delivery, FaultKind, Sink
+from forwarder.registry import build
+from forwarder.sink import CheckingSink, Delivery, FaultKind, JournalledSink, Sink
 from forwarder.storage import StorageSink
 from lifecycle import Settings, load_settings
 from spool import Reading, Settlement, SinkState
 from tests.fakes import FakeBigQuery, FakePubSub, FakeWriteApi
 from tests.test_spool_writer import new_reading
+from tests.torture.token_server import Mood, TokenServer
 
 EPOCH = "an-epoch"
 TABLE = "p-1.d.readings"
@@ -465,9 +467,7 @@ def test_a_search_that_takes_too_long_hands_the_rest_back(
 
 
 @pytest.mark.parametrize("name", SERVICES)
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     faults=st.lists(st.sampled_from([FaultKind.TRANSIENT, FaultKind.HOLD, None]), max_size=6),
     guilty=st.sets(st.integers(1, 200), max_size=5),
@@ -512,3 +512,50 @@ def test_the_log_takes_everything_in_order_whatever_the_level(
     assert found[0]["event"]["event_id"] == rows[0][1].hex()
     assert found[0]["sink"] == "pubsub"
     sink.close()
+
+
+CLOUD = {
+    "APP_ENV": "DEV",
+    "GCP_PROJECT_ID": "p-1",
+    "PUBSUB_TOPIC": "readings",
+    "BIGQUERY_DATASET": "d",
+    "BIGQUERY_TABLE": "readings",
+}
+SINKS_OF_THE_CLOUD = [("pubsub", "storage"), *(("bigquery", m) for m in SERVICES if m != "pubsub")]
+
+
+def test_a_check_that_finds_nothing_wrong_writes_nothing(service: Service) -> None:
+    assert isinstance(service.sink, CheckingSink)
+    assert service.sink.check() is None
+    assert service.arrived() == []
+
+
+@pytest.mark.parametrize(("name", "method"), SINKS_OF_THE_CLOUD)
+def test_a_check_tells_what_a_delivery_would(
+    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key.json"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    environ = {"GOOGLE_APPLICATION_CREDENTIALS": str(key), "BIGQUERY_WRITE_METHOD": method}
+    state = SinkState.open(tmp_path, name)
+    sink = build(name, load_settings(CLOUD | environ, "gate-1"), state)
+    assert isinstance(sink, CheckingSink)
+    if isinstance(sink, JournalledSink):
+        sink.resume(EPOCH)
+    fault = sink.check()
+    assert fault is not None
+    assert fault.kind is FaultKind.HOLD
+    assert str(key) in fault.problem
+    assert sink.deliver(readings(1)).fault == fault
+    with TokenServer() as tokens:
+        tokens.make_key(key)
+        tokens.mood = Mood.GONE
+        away = sink.check()
+        assert away is not None
+        assert away.kind is FaultKind.TRANSIENT
+        tokens.mood = Mood.REVOKED
+        revoked = sink.check()
+        assert revoked is not None
+        assert revoked.kind is FaultKind.HOLD
+    sink.close()
+    state.close()

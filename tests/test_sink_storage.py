@@ -16,12 +16,13 @@ import forwarder.appends
 import forwarder.storage
 from forwarder.appends import Meaning, refusal_of
 from forwarder.bigquery import InsertAllSink
+from forwarder.certificates import certificate_fault
 from forwarder.defaultstream import DefaultStreamSink
 from forwarder.drain import Drain
 from forwarder.rowproto import RequestEncoder
 from forwarder.sink import Delivery, FaultKind, Sink
 from forwarder.storage import StorageSink
-from forwarder.writeapi import Appender, storage_error
+from forwarder.writeapi import Appender, CallError, WriteApi, storage_error
 from lifecycle import Settings, Watchdog, load_settings
 from spool import (
     AppendJournal,
@@ -293,6 +294,30 @@ def test_another_table_in_the_settings_gets_a_stream_of_its_own(bench: Bench) ->
         delivered(sink, rows[10:])
     assert bench.seqs() == list(range(1, 11))
     assert bench.seqs("p-1.d.other") == list(range(11, 31))
+
+
+def test_a_refused_certificate_gives_up_no_stream_of_another_table(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = readings(30)
+    interrupted(bench, rows)
+    bench.tables.create_table("p-1.d.other")
+
+    def refused(_: WriteApi, name: str) -> int:
+        raise CallError("UNAVAILABLE", f"CERTIFICATE_VERIFY_FAILED: unable to ask for {name}")
+
+    with bench.sink(BIGQUERY_TABLE="other") as sink:
+        with monkeypatch.context() as patched:
+            patched.setattr(WriteApi, "finalize_stream", refused)
+            # As against the cloud: an emulator's connection has no certificate.
+            patched.setattr(WriteApi, "access_fault", lambda _, details: certificate_fault(details))
+            fault = sink.deliver(rows).fault
+            assert fault is not None
+            assert fault.kind is FaultKind.HOLD
+        delivered(sink, rows)
+    assert bench.possibly_repeated() == 0, "the stream could be asked later"
+    assert bench.seqs() == list(range(1, 31))
+    assert bench.seqs("p-1.d.other") == []
 
 
 def test_refused_rows_in_the_middle_of_a_window_are_left_out_and_the_others_go_on(

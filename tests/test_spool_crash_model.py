@@ -120,4 +120,4 @@ class CrashingMachine(SpoolMachine):
 
 
 TestSpoolCrashes = CrashingMachine.TestCase
-TestSpoolCrashes.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+TestSpoolCrashes.settings = settings(max_examples=20, stateful_step_count=25)

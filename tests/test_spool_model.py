@@ -179,4 +179,4 @@ class SpoolMachine(RuleBasedStateMachine):
 
 
 TestSpoolModel = SpoolMachine.TestCase
-TestSpoolModel.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestSpoolModel.settings = settings(max_examples=30, stateful_step_count=30)

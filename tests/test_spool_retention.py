@@ -123,7 +123,7 @@ def test_dropping_from_an_empty_spool_does_nothing(writer: SpoolWriter) -> None:
     assert writer.meta("dropped_through_seq") == ""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(0, 60),
     cursors=st.lists(st.tuples(st.integers(0, 70), st.booleans(), st.booleans()), max_size=3),

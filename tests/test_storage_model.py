@@ -643,14 +643,14 @@ def run(seed: int, *, forgets: bool, images: int = 0) -> None:
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-@settings(max_examples=RUNS, deadline=None)
+@settings(max_examples=RUNS)
 @given(seed=st.integers(0, 2**32))
 def test_each_reading_is_there_once_and_in_order_whatever_breaks(seed: int, forgets: bool) -> None:  # noqa: FBT001 - hypothesis passes by keyword
     run(seed, forgets=forgets)
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-@settings(max_examples=RUNS, deadline=None)
+@settings(max_examples=RUNS)
 @given(seed=st.integers(0, 2**32))
 def test_copies_that_are_put_back_or_run_as_clones_lose_nothing_and_repeat_what_they_may(
     seed: int,

@@ -164,9 +164,21 @@ def test_a_new_key_in_the_old_ones_file_is_used_without_a_restart(
         assert_delivered(system)
 
 
-@pytest.mark.parametrize("wrong", ["authority", "name", "age"])
+@pytest.mark.parametrize(
+    ("wrong", "words", "remedy"),
+    [
+        (
+            "authority",
+            "unable to get local issuer certificate (issuer CN=stranger",
+            "CLOUD_CA_FILE",
+        ),
+        ("name", "is refused: ", "a proxy, a firewall or a login page"),
+        ("age", "certificate has expired", "timedatectl"),
+        ("not yet", "certificate is not yet valid", "timedatectl"),
+    ],
+)
 def test_a_server_that_is_not_google_gets_no_reading_and_no_token(
-    tmp_path: Path, wrong: str
+    tmp_path: Path, wrong: str, words: str, remedy: str
 ) -> None:
     with earnest(tmp_path) as system:
         good = system.gate.context
@@ -177,16 +189,12 @@ def test_a_server_that_is_not_google_gets_no_reading_and_no_token(
         elif wrong == "name":
             names = tuple(f"{host}.example" for host in HOSTS)
         else:
-            age = timedelta(days=3)
+            age = timedelta(days=3 if wrong == "age" else -3)
         system.show(authority.issue(wrong, *names, age=age))
         system.rig.start()
         publish(system)
-        for sink in system.rig.sinks:
-            wait_until(
-                lambda sink=sink: system.rig.books.backlog(sink)["state"] == "retrying",  # type: ignore[misc]
-                SOON_S,
-                f"{sink} does not trust it",
-            )
+        wait_until_seen(system, "on hold", words)
+        wait_until_seen(system, "on hold", remedy)
         # gRPC looks at the name only after the handshake, and then leaves.
         hosts = {text.partition(":")[0] for text in system.gate.refused} | {*system.gate.accepted}
         assert {"pubsub.googleapis.com", "bigquery.googleapis.com"} <= hosts

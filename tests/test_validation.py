@@ -328,7 +328,7 @@ topics = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(payload=payloads, topic=topics, formats=st.sampled_from(FORMATS))
 def test_any_bytes_become_a_reading_or_a_rejection_that_can_be_stored(
     payload: bytes, topic: bytes, formats: tuple[str, ...]

@@ -30,8 +30,8 @@ EPOCH_MIN_S, EPOCH_MAX_S = -62135596800, 253402300799  # years 1 to 9999
 # https://cloud.google.com/bigquery/docs/reference/standard-sql/data-types#decimal_types
 NUMERIC_SCALE, NUMERIC_WHOLE_DIGITS = 9, 29
 
-_INTEGER = r"^-?[0-9]{1,18}$"  # 19 digits are judged by value
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_INTEGER = r"^-?[0-9]{1,18}\Z"  # 19 digits are judged by value
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z"
 _NOT_FINITE = frozenset({"nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-infinity"})
 _TIMESTAMP = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d(?:\.\d{1,9})?) ?(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?"

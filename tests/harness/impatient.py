@@ -7,7 +7,7 @@ changes them before the program begins; everything else is as it is.
 import sys
 
 from forwarder import __main__ as program
-from forwarder import appendcalls, backoff, batch_delivery, bigquery, pubsub, writeapi
+from forwarder import appendcalls, backoff, batch_delivery, bigquery, idlecheck, pubsub, writeapi
 from lifecycle import leave
 
 HOLD_RETRY_S = 0.5
@@ -17,6 +17,7 @@ DEADLINE_S = 2.0
 if __name__ == "__main__":
     for module, name, value in (
         (batch_delivery, "HOLD_RETRY_S", HOLD_RETRY_S),
+        (idlecheck, "HOLD_RETRY_S", HOLD_RETRY_S),
         (backoff, "BACKOFF_MAX_S", BACKOFF_MAX_S),
         (pubsub, "DEADLINE_S", DEADLINE_S),
         (bigquery, "DEADLINE_S", DEADLINE_S),
