@@ -28,6 +28,7 @@ ROW_OVERHEAD_BYTES = 160
 
 BALLAST_MAX_BYTES = 16 * 1024 * 1024
 BALLAST_SHARE = 64
+BALLAST_MIN_BYTES = 512 * 1024
 """The ballast is at most one part in this many of SPOOL_MAX_BYTES."""
 
 
@@ -86,31 +87,41 @@ class Ballast:
     @property
     def held(self) -> bool:
         """Whether the file is there in full."""
+        return self._held_bytes() >= self._bytes
+
+    def _held_bytes(self) -> int:
         try:
-            return self._path.stat().st_size >= self._bytes
+            return self._path.stat().st_size
         except OSError:
-            return False  # missing, or the disk does not tell: making it says which
+            return 0  # missing, or the disk does not tell: making it says which
+
+    def _wanted_bytes(self) -> int:
+        """Return how large the file may be: on a small disk a quarter of what is free."""
+        try:
+            free = shutil.disk_usage(self._path.parent).free
+        except OSError:
+            return 0
+        wanted = min(self._bytes, (free + self._held_bytes()) // 4)
+        return wanted if wanted >= min(self._bytes, BALLAST_MIN_BYTES) else 0
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has plenty of room, or the file is held."""
-        try:
-            return self.held or shutil.disk_usage(self._path.parent).free >= 4 * self._bytes
-        except OSError:
-            return False
+        """Whether the disk has room for it, or it is held."""
+        return self._wanted_bytes() > 0
 
     def take(self) -> bool:
-        """Make the file if the disk has plenty of room; return whether it is held."""
+        """Make the file as large as the disk has plenty of room for; return whether it is held."""
         if self.held:
             return True
+        wanted = self._wanted_bytes()
+        if wanted <= self._held_bytes():
+            return wanted > 0
         try:
-            if shutil.disk_usage(self._path.parent).free < 4 * self._bytes:
-                return False
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError:
             return False  # no inode, no quota, a failing disk: go on without
         try:
-            os.posix_fallocate(descriptor, 0, self._bytes)
+            os.posix_fallocate(descriptor, 0, wanted)
         except OSError:
             # No room after all, or a file system without allocation: go on without.
             self._path.unlink(missing_ok=True)

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import COLLECTOR, IMPATIENT, Rig, assert_adds_up
+from tests.harness import COLLECTOR, IMPATIENT, Rig, assert_adds_up, wait_until
 
 SMALL = "1MiB"
 READINGS = 6_000
 """About twice what SMALL holds."""
 
+TIMEOUT_S = 60.0
 DISK_MIB = 24
 STEP = 500
+
+
+def health(rig: Rig) -> set[str]:
+    return {name for (name,) in rig.books.rows("spool", "SELECT name FROM health")}
 
 
 def test_block_takes_nothing_more_until_there_is_room_and_loses_nothing() -> None:
@@ -27,9 +32,11 @@ def test_block_takes_nothing_more_until_there_is_room_and_loses_nothing() -> Non
         assert 0 < spooled < READINGS
         assert (rig.spool_dir / "spool.db").stat().st_size < 1.5 * 2**20
         assert rig.programs[COLLECTOR].running
+        wait_until(lambda: "spool_full" in health(rig), TIMEOUT_S, "health says so")
         rig.cloud.start()
         rig.wait_until_delivered()
         rig.assert_nothing_lost()
+        wait_until(lambda: not health(rig), TIMEOUT_S, "health is empty again")
         log = rig.programs[COLLECTOR].log_text
         assert "there is room again" in log
         assert log.count('"message": "started"') == 1, "it went on by itself"
@@ -106,9 +113,11 @@ def test_a_full_disk_is_survived_without_a_restart(small_disk: Path) -> None:
         collector = rig.programs[COLLECTOR]
         collector.wait_for_log("the disk is full")
         assert collector.running
+        wait_until(lambda: "disk_full" in health(rig), TIMEOUT_S, "health says so")
         hog.unlink()
         rig.wait_until_delivered("pubsub")
         rig.assert_nothing_lost()
+        wait_until(lambda: not health(rig), TIMEOUT_S, "health is empty again")
         assert collector.log_text.count('"message": "started"') == 1
 
 

@@ -114,7 +114,11 @@ def test_a_reader_left_open_on_a_sinks_file_holds_that_sink_alone(sink: str) -> 
         with pager(rig.spool_dir / f"{sink}.db") as reader, rig.load(100):
             forwarder.wait_for_log(AT_BOUND, 90.0)
             (shown,) = wait_until(
-                lambda: [h for h in health(rig, sink) if h["severity"] == "CRITICAL"],
+                lambda: [
+                    h
+                    for h in health(rig, sink)
+                    if h["severity"] == "CRITICAL" and h["name"] == "log_pinned"
+                ],
                 TIMEOUT_S,
                 "health says so",
             )

@@ -185,8 +185,8 @@ SELECT
     CASE
         WHEN c.state <> 'running' AND life = 'running'
         THEN 'the collector is ' || c.state || '; ' || p.state || ' as of ' || c.as_of
-            || iif(detail <> '', ': ' || detail, '')
-        ELSE detail
+            || iif(p.detail <> '', ': ' || p.detail, '')
+        ELSE p.detail
     END AS detail,
     logged,
     iif(p.mode = 'LOCAL', 'LOCAL: logged, not sent', p.mode) AS mode,
