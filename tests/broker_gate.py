@@ -83,7 +83,7 @@ class Gate:
             # The writer's loop never turns here, so this never ends the test run.
             Watchdog([LOOP, "writer"], 1e6, self.beats),
             known_filters=known_filters,
-            on_subscribed=lambda filters: self.subscribed.append(tuple(filters)),
+            on_subscribed=lambda filters, _: filters and self.subscribed.append(tuple(filters)),
             jitter=lambda: jitter,
         )
         self.thread = threading.Thread(target=self.session.run, name="session")
