@@ -22,9 +22,6 @@ CRITICAL_AFTER_S = 60.0
 ANSWER_S = 10.0
 """How long CONNACK and SUBACK may take until the broker counts as one that does not answer."""
 
-REASON_INTERVAL_S = 60.0
-"""How often the reason of one and the same outage may change."""
-
 SESSION_LOST_S = 3600.0
 """How long ``session_lost`` stays: what happened is over, and a person should see it."""
 
@@ -111,7 +108,7 @@ class BrokerHealth:
         self._problem: Problem | None = None
         self._since_us = 0
         self._lost_at = 0.0
-        self._changed_at = 0.0
+        self._last: Problem | None = None
         self._opened_at: float | None = None
         self._clear_at: float | None = None
         self._session_lost_at: float | None = None
@@ -131,9 +128,10 @@ class BrokerHealth:
             self._last_ready_us = self._now_us()
         if self._problem is None:
             self._lost_at, self._since_us = now, self._now_us()
-            self._problem, self._changed_at = problem, now
-        elif problem != self._problem and now - self._changed_at >= REASON_INTERVAL_S:
-            self._problem, self._changed_at = problem, now
+            self._problem = problem
+        elif problem == self._last:
+            self._problem = problem  # twice in a row: reasons that take turns are not written
+        self._last = problem
         self._put()
         if problem.refusal:
             self._conditions.put(
@@ -234,7 +232,7 @@ class BrokerHealth:
             self._put()
 
     def _clear(self) -> None:
-        self._problem = self._clear_at = None
+        self._problem = self._last = self._clear_at = None
         self._conditions.clear(DISCONNECTED)
 
     def _put(self) -> None:
