@@ -117,6 +117,23 @@ def _signed(parsed: x509.Certificate, authority: x509.Certificate) -> bool:
     return True
 
 
+def _relevant(of: Certificate, authorities: list[Certificate]) -> list[Certificate]:
+    """Return the authorities on which the trust in ``of`` depends, as far as it can be known.
+
+    While an authority is replaced the file holds the old one too, which may expire.
+    """
+    signed = signers(of, authorities)
+    if signed:
+        return [max(signed, key=lambda one: one.ends)]
+    if len(authorities) > LARGE_BUNDLE:
+        return []
+    latest: dict[str, Certificate] = {}
+    for one in authorities:
+        if one.subject not in latest or latest[one.subject].ends < one.ends:
+            latest[one.subject] = one
+    return list(latest.values())
+
+
 class CertificateWatch:
     """Tells of certificates that expire within WARN_BEFORE. Belongs to the network thread.
 
@@ -173,30 +190,13 @@ class CertificateWatch:
             label = f"MQTT_TLS_CERT_FILE={self._own}"
             # What follows in it are the authorities between it and one that the broker knows.
             yield from ((label, one) for one in self._read(label, self._own))
+        if self.presented is None:
+            return  # which authority the connection depends on is known with the first one
         if self._authorities is not None:
             label = f"an authority in MQTT_TLS_CA_FILE={self._authorities}"
-            yield from (
-                (label, one) for one in self._relevant(self._read(label, self._authorities))
-            )
-        if self.presented is not None:
-            yield THE_BROKERS_OWN, self.presented
-
-    def _relevant(self, authorities: list[Certificate]) -> list[Certificate]:
-        """Return those on which the connection depends, as far as it can be known.
-
-        While an authority is replaced the file holds the old one too, which may expire.
-        """
-        if self.presented is not None:
-            signed = signers(self.presented, authorities)
-            if signed:
-                return [max(signed, key=lambda one: one.ends)]
-        if len(authorities) > LARGE_BUNDLE:
-            return []
-        latest: dict[str, Certificate] = {}
-        for one in authorities:
-            if one.subject not in latest or latest[one.subject].ends < one.ends:
-                latest[one.subject] = one
-        return list(latest.values())
+            known = self._read(label, self._authorities)
+            yield from ((label, one) for one in _relevant(self.presented, known))
+        yield THE_BROKERS_OWN, self.presented
 
     def _read(self, label: str, path: Path) -> list[Certificate]:
         try:

@@ -20,12 +20,10 @@ def health(rig: Rig) -> dict[str, dict[str, str]]:
     return {row["name"]: row for row in rig.books.as_operator("select * from health")}
 
 
-def wait_for_row(rig: Rig, name: str, severity: str = "") -> dict[str, str]:
-    def row() -> dict[str, str] | None:
-        found = health(rig).get(name)
-        return found if found and severity in found["severity"] else None
-
-    return wait_until(row, SOON_S, f"{name} is in health")  # type: ignore[return-value]
+def wait_for_row(rig: Rig, name: str) -> dict[str, str]:
+    rows = wait_until(lambda: name in (r := health(rig)) and r, SOON_S, f"{name} is in health")
+    assert rows
+    return rows[name]
 
 
 def wait_until_well(rig: Rig) -> None:

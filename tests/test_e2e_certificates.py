@@ -2,12 +2,18 @@
 
 import re
 import signal
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from collector.tls import LOOK_INTERVAL_S, Tls
+from lifecycle import load_settings
+from spool import Condition, Conditions
+from tests.collector_parts import Clock
 from tests.harness import COLLECTOR, Rig, wait_until
 from tests.test_e2e_broker_health import (
     health,
@@ -69,12 +75,13 @@ def plant(tmp_path: Path) -> Plant:
 @pytest.fixture
 def rig(plant: Plant) -> Iterator[Rig]:
     """A broker with a second listener that asks for client certificates."""
-    variables = {
+    variables: dict[str, str] = {
         "MQTT_TLS_CA_FILE": str(plant["ca.crt"]),
         "MQTT_TLS_CERT_FILE": str(plant["gate.crt"]),
         "MQTT_TLS_KEY_FILE": str(plant["gate.key"]),
     }
-    with Rig(APP_ENV="LOCAL", **variables) as rig:
+    with Rig(APP_ENV="LOCAL") as rig:
+        rig.programs[COLLECTOR].environment |= variables
         config = rig.directory / "broker" / "mosquitto.conf"
         port = rig.broker.port + 1
         text = config.read_text(encoding="utf-8")
@@ -237,3 +244,62 @@ def test_a_certificate_that_expires_soon_is_in_health_until_it_is_renewed(
     lines = [line for line in collector.log_text.splitlines() if "a certificate of the" in line]
     assert len(lines) == 1, "once a day at most"
     assert '"WARNING"' in lines[0]
+
+
+class Seen:
+    """What the view would show."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+        self._conditions.store(self)
+        self.rows: list[Condition] = []
+
+    def set_conditions(self, conditions: Iterable[Condition]) -> bool:
+        self.rows = list(conditions)
+        return True
+
+    def now(self) -> list[tuple[str, str]]:
+        self._conditions.store(self)
+        return [(one.name, one.severity) for one in self.rows]
+
+
+def test_a_connection_that_lasts_is_looked_at_each_hour_and_forgets_what_was_renewed(
+    rig: Rig, plant: Plant
+) -> None:
+    plant.issue("broker", days=20)
+    rig.broker.start()
+    conditions, clock, moment = Conditions(), Clock(), [datetime.now(UTC)]
+    seen = Seen(conditions)
+    settings = load_settings(rig.programs[COLLECTOR].environment, "host")
+    tls = Tls(settings, conditions, now=lambda: moment[0], clock=clock)
+    tls.context()
+    tls.connected(ssl.PEM_cert_to_DER_cert(plant["broker.crt"].read_text(encoding="ascii")))
+    assert seen.now() == []
+    moment[0] += timedelta(days=10)
+    tls.turn()
+    assert seen.now() == [], "not before the hour is over"
+    clock.now_s += LOOK_INTERVAL_S
+    tls.turn()
+    assert seen.now() == [("certificate_expires", "WARNING")]
+    moment[0] += timedelta(days=11)
+    clock.now_s += LOOK_INTERVAL_S
+    tls.turn()
+    assert seen.now() == [("certificate_expires", "CRITICAL")]
+    plant.issue("broker")
+    rig.broker.signal(signal.SIGHUP)
+
+    def forgotten() -> bool:
+        clock.now_s += LOOK_INTERVAL_S
+        tls.turn()
+        return seen.now() == []
+
+    wait_until(forgotten, SOON_S, "the broker's renewed certificate is seen")
+
+
+def test_an_authority_that_is_being_replaced_may_expire_in_the_file(rig: Rig, plant: Plant) -> None:
+    plant.authority(days=3, name="old")
+    both = plant["ca.crt"].read_bytes() + plant["old.crt"].read_bytes()
+    plant["ca.crt"].write_bytes(both)
+    rig.start(COLLECTOR)
+    wait_until_well(rig)
+    assert "expires" not in rig.programs[COLLECTOR].log_text
