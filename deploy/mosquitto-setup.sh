@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The broker's part of install.sh, which sources this file and has the other functions.
 #
-# A broker that anybody has set up is the plant's: neither its files nor the running
+# A broker that is set up already is the plant's: neither its files nor the running
 # broker are touched. Only where Mosquitto is as Debian ships it, it gets our drop-in:
 # tried first, put there in one step, and taken back when the broker does not come up.
 
@@ -138,10 +138,8 @@ indented() { # <lines>
 
 leave_the_plants_broker() { # <what is its own, a line each>
   # A run that was cut off may have left ours there: it opens what is not ours.
-  if [ -e "$DROP_IN_PENDING" ]; then
-    if cmp -s "$DROP_IN" "$DROP_IN_STATE/installed"; then put_former_drop_in_back; fi
-    rm -rf "$DROP_IN_PENDING"
-  fi
+  if drop_in_is_unproven; then put_former_drop_in_back; fi
+  rm -rf "$DROP_IN_PENDING"
   cat <<END
 Mosquitto is set up here by others, so it is taken for the plant's own broker:
 its files and the running broker stay as they are. What is not as Debian has it:
@@ -232,7 +230,9 @@ drop_in_is_ours() {
 # is always either the former or the new one, which was tried, and "pending" stays until
 # the broker serves with the new one.
 change_drop_in() {
+  recover_from_a_cut_off_change
   try_drop_in
+  install -d -m 0755 "$(dirname "$DROP_IN")"
   begin_pending
   record_drop_in "$SHIPPED_DROP_IN"
   put_file "$SHIPPED_DROP_IN" "$DROP_IN"
@@ -253,11 +253,24 @@ change_drop_in() {
     "Or use another broker: MQTT_BROKER=HOST ./install.sh"
 }
 
+# Where a run was ended between the change and the look at the broker, and that is down: it has
+# to come up before anything else is tried, which may fail as well.
+recover_from_a_cut_off_change() {
+  if drop_in_is_unproven && ! broker_answers "$(listener_port)"; then
+    put_former_drop_in_back
+    restart_mosquitto || true
+  fi
+}
+
+# The run that put it there did not live to see the broker serve with it.
+drop_in_is_unproven() {
+  [ -e "$DROP_IN_PENDING" ] && cmp -s "$DROP_IN" "$DROP_IN_STATE/installed"
+}
+
 listener_port() { sed -nE 's/^listener ([0-9]+).*/\1/p' "$SHIPPED_DROP_IN" | head -n 1; }
 
 begin_pending() {
-  # After a run that was cut off, the drop-in may be the new one already.
-  if [ -e "$DROP_IN_PENDING" ] && cmp -s "$DROP_IN" "$DROP_IN_STATE/installed"; then return; fi
+  if drop_in_is_unproven; then return; fi
   rm -rf "$DROP_IN_PENDING" "$DROP_IN_PENDING.new"
   mkdir -p "$DROP_IN_PENDING.new"
   if [ -e "$DROP_IN" ]; then put_file "$DROP_IN" "$DROP_IN_PENDING.new/former"; fi
@@ -299,7 +312,9 @@ try_drop_in() {
     # Another program was quicker on that port: it is no fault of the configuration.
     grep -qs 'Address already in use' "$TRIAL/said" "$TRIAL/log" || break
   done
-  cat "$TRIAL/said" "$TRIAL/log" 2>/dev/null | tail -n 8 | sed "s|$TRIAL|/etc/mosquitto|g; s/^/  | /" >&2
+  # Which of the two files has it depends on how far Mosquitto came.
+  { cat "$TRIAL/said" "$TRIAL/log" 2>/dev/null || true; } | tail -n 8 |
+    sed "s|$TRIAL|/etc/mosquitto|g; s/^/  | /" >&2
   rm -rf "$TRIAL"
   die "Mosquitto does not start with $SHIPPED_DROP_IN (tried on port $port, attempt $attempt)." \
     "Nothing was changed; the running broker was not touched. Its reason is above." \
@@ -334,10 +349,10 @@ trial_is_decided() { # <pid> <port>
 # -------------------------------------------------------------------- the service
 
 # Whether a broker answers to an MQTT client there, with whatever result.
-broker_answers() { # <port>
-  local first
+broker_answers() { # [port]
+  local first port=${1:-$(broker_port)}
   (
-    exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 1
+    exec 3<>"/dev/tcp/127.0.0.1/$port" || exit 1
     # CONNECT of MQTT 3.1.1, a clean session without a name; the answer begins with 0x20.
     printf '\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00' >&3
     IFS= read -r -t "$MQTT_ANSWER_TIMEOUT_S" -n 1 -u 3 first
