@@ -112,17 +112,19 @@ directives_of() { # <file>
 
 # Name the processes that would keep our listener from its port, and are not Mosquitto's service.
 foreign_listener() { # <port>
-  local inode pid service
+  local uid inode pid service
   service=$(mosquitto_pids)
-  while read -r inode; do
+  while read -r uid inode; do
     pid=$(find /proc/[0-9]*/fd -lname "socket:\\[$inode\\]" 2>/dev/null | head -n 1 | cut -d / -f 3) || true
+    # In a container not even root may see another user's descriptors.
+    if [ -z "$pid" ] && [ "$uid" = "$(id -u mosquitto)" ]; then pid=$(head -n 1 <<<"$service"); fi
     if [ -z "$pid" ] || ! grep -qx "$pid" <<<"$service"; then
       printf 'port %s: taken by %s\n' "$1" "$(describe_process "$pid")"
     fi
   done < <(
     # 0A: it listens. Only the addresses which 127.0.0.1 collides with.
     cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | awk -v port="$(printf '%04X' "$1")" '
-      $4 == "0A" && $2 ~ "^(0+|0100007F|0+FFFF00000100007F):" port "$" { print $10 }'
+      $4 == "0A" && $2 ~ "^(0+|0100007F|0+FFFF00000100007F):" port "$" { print $8, $10 }'
   )
 }
 
@@ -398,8 +400,11 @@ restart_mosquitto() {
 # The service's processes: not another Mosquitto of this machine, nor one in a container.
 # Not counting the dead that no parent has buried (a container without an init).
 mosquitto_pids() {
-  pgrep --ns $$ --nslist pid --runstates D,R,S,T,t,I \
-    -f "^(/usr/sbin/)?mosquitto( -[dv])* -c $MOSQUITTO_CONF( |\$)" || true
+  local pid
+  for pid in $(pgrep --runstates D,R,S,T,t,I -f "^(/usr/sbin/)?mosquitto( -[dv])* -c $MOSQUITTO_CONF( |\$)"); do
+    # One number: it has no other one in a namespace of its own.
+    if grep -qsE '^NSpid:[[:space:]]+[0-9]+$' "/proc/$pid/status"; then printf '%s\n' "$pid"; fi
+  done
 }
 
 signal_mosquitto() {

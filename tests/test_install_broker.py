@@ -1,7 +1,7 @@
 """What install.sh does to the Mosquitto it finds, with the real one, in throw-away roots."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -24,6 +24,8 @@ TIMEOUT_S = 20.0
 
 # What the drop-in does when its trial on other ports is in order, and the real start is not.
 OCCUPIED = "listener 1885 127.0.0.2\n"
+# What Docker gives, so far as install.sh has a use for it; above all, not sys_ptrace.
+CONTAINER_RIGHTS = ("chown", "dac_override", "fowner", "kill", "setgid", "setuid", "setpcap")
 OCCUPANT = (
     "import socket, time; s = socket.create_server(('127.0.0.2', 1885)); time.sleep(10_000)",
 )
@@ -46,9 +48,10 @@ class Machine(ThrowawayRoot):
         """Let the checkout have this drop-in."""
         self.write("/copy/deploy/mosquitto.conf", text)
 
-    def set_up(self, before: str = "") -> tuple[int, str]:
+    def set_up(self, before: str = "", within: Sequence[str] = ()) -> tuple[int, str]:
         """Run the broker's part of install.sh; return its code and all that it said."""
-        done = self.run("bash", "-c", f". /copy/install.sh\n{before}\nset_up_mosquitto")
+        script = f". /copy/install.sh\n{before}\nset_up_mosquitto"
+        done = self.run(*within, "bash", "-c", script)
         return done.returncode, done.stdout + done.stderr
 
     def settings(self) -> dict[str, bytes]:
@@ -264,6 +267,19 @@ def test_debians_broker_gets_the_drop_in_once(debian: Machine) -> None:
     assert debian.set_up() == (0, "Mosquitto answers on 127.0.0.1:1883\n")
     assert debian.service() == process, "nothing was changed, so it was not restarted"
     assert second < set(debian.processes("mosquitto", "mosquitto"))
+
+
+def test_it_does_so_with_the_rights_that_root_has_in_a_container(debian: Machine) -> None:
+    rights = ("setpriv", f"--bounding-set=-all,{','.join(f'+{name}' for name in CONTAINER_RIGHTS)}")
+    (process,) = debian.service()
+    assert debian.run(*rights, "readlink", f"/proc/{process}/fd/0").returncode != 0, (
+        "it sees too much"
+    )
+
+    assert debian.set_up(within=rights) == (0, "Mosquitto answers on 127.0.0.1:1883\n")
+
+    assert debian.serves_with_ours()
+    assert debian.service() != [process]
 
 
 def test_an_upgrade_changes_our_drop_in_and_never_an_edited_one(debian: Machine) -> None:
