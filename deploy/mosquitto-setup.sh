@@ -85,7 +85,8 @@ foreign_mosquitto_settings() {
 
 # As in the package of Debian 12; Debian 11 had the pid file in /var/run.
 debian_directives() {
-  printf '%s\n' 'pid_file /run/mosquitto/mosquitto.pid' 'pid_file /var/run/mosquitto/mosquitto.pid' \
+  printf '%s\n' 'pid_file /run/mosquitto/mosquitto.pid' \
+    'pid_file /var/run/mosquitto/mosquitto.pid' \
     'persistence true' 'persistence_location /var/lib/mosquitto/' \
     'log_dest file /var/log/mosquitto/mosquitto.log' 'include_dir /etc/mosquitto/conf.d'
 }
@@ -115,7 +116,8 @@ foreign_listener() { # <port>
   local uid inode pid service
   service=$(mosquitto_pids)
   while read -r uid inode; do
-    pid=$(find /proc/[0-9]*/fd -lname "socket:\\[$inode\\]" 2>/dev/null | head -n 1 | cut -d / -f 3) || true
+    pid=$(find /proc/[0-9]*/fd -lname "socket:\\[$inode\\]" 2>/dev/null |
+      head -n 1 | cut -d / -f 3) || true
     # In a container not even root may see another user's descriptors.
     if [ -z "$pid" ] && [ "$uid" = "$(id -u mosquitto)" ]; then pid=$(head -n 1 <<<"$service"); fi
     if [ -z "$pid" ] || ! grep -qx "$pid" <<<"$service"; then
@@ -383,8 +385,9 @@ restart_mosquitto() {
   fi
   # It saves its queue before it ends; only then may the next one read it.
   signal_mosquitto
-  wait_until "$MOSQUITTO_STOP_TIMEOUT_S" mosquitto_stopped || die "the running Mosquitto does not stop." \
-    "Stop it by hand (pgrep -a mosquitto), then run this again."
+  wait_until "$MOSQUITTO_STOP_TIMEOUT_S" mosquitto_stopped ||
+    die "the running Mosquitto does not stop." \
+      "Stop it by hand (pgrep -a mosquitto), then run this again."
   # Not the init script: it writes, as root, the pid file that Mosquitto then cannot
   # write, and Mosquitto ends. The directory is the unit's business otherwise.
   install -d -m 0755 -o mosquitto -g mosquitto /run/mosquitto
@@ -400,8 +403,8 @@ restart_mosquitto() {
 # The service's processes: not another Mosquitto of this machine, nor one in a container.
 # Not counting the dead that no parent has buried (a container without an init).
 mosquitto_pids() {
-  local pid
-  for pid in $(pgrep --runstates D,R,S,T,t,I -f "^(/usr/sbin/)?mosquitto( -[dv])* -c $MOSQUITTO_CONF( |\$)"); do
+  local pid command="^(/usr/sbin/)?mosquitto( -[dv])* -c $MOSQUITTO_CONF( |\$)"
+  for pid in $(pgrep --runstates D,R,S,T,t,I -f "$command"); do
     # One number: it has no other one in a namespace of its own.
     if grep -qsE '^NSpid:[[:space:]]+[0-9]+$' "/proc/$pid/status"; then printf '%s\n' "$pid"; fi
   done

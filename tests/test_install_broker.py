@@ -1,98 +1,36 @@
 """What install.sh does to the Mosquitto it finds, with the real one, in throw-away roots."""
 
 import re
-from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.harness.programs import ROOT
-from tests.harness.throwaway_root import INSTALL, ThrowawayRoot, needs_throwaway_root
+from tests.broker_machine import (
+    CLOSED,
+    CONF_D,
+    DROP_IN,
+    LOG,
+    MAIN,
+    PENDING,
+    SENSOR,
+    SHIPPED,
+    TIMEOUT_S,
+    TRIAL,
+    Machine,
+    debian,
+    machine,
+    occupy,
+)
+from tests.harness.throwaway_root import INSTALL, needs_throwaway_root
 from tests.harness.waiting import wait_until
+
+__all__ = ["debian", "machine"]
 
 pytestmark = needs_throwaway_root()
 
-MAIN = "/etc/mosquitto/mosquitto.conf"
-CONF_D = "/etc/mosquitto/conf.d"
-DROP_IN = f"{CONF_D}/sluice.conf"
-PENDING = "/etc/sluice/mosquitto/pending"
-LOG = "/var/log/mosquitto/mosquitto.log"
-SHIPPED = (ROOT / "deploy/mosquitto.conf").read_text(encoding="utf-8")
-CLOSED = "allow_anonymous false\npassword_file /etc/mosquitto/passwd\n"
-SENSOR = ("-u", "sensor", "-P", "secret")
 NOT_AUTHORISED = 5
-TIMEOUT_S = 20.0
 
-# What the drop-in does when its trial on other ports is in order, and the real start is not.
-OCCUPIED = "listener 1885 127.0.0.2\n"
 # What Docker gives, so far as install.sh has a use for it; above all, not sys_ptrace.
 CONTAINER_RIGHTS = ("chown", "dac_override", "fowner", "kill", "setgid", "setuid", "setpcap")
-OCCUPANT = (
-    "import socket, time; s = socket.create_server(('127.0.0.2', 1885)); time.sleep(10_000)",
-)
-
-
-class Machine(ThrowawayRoot):
-    """A throw-away root with Debian's Mosquitto, and a checkout in /copy that can be changed."""
-
-    def prepare(self) -> None:
-        """Lay out the checkout: install.sh without its last line, so that it can be sourced."""
-        self.check("mkdir", "/copy")
-        self.check("cp", "-r", "/checkout/deploy", "/copy/deploy")
-        script = (ROOT / "install.sh").read_text(encoding="utf-8")
-        assert script.endswith('\nmain "$@"\n')
-        self.write("/copy/install.sh", script.removesuffix('main "$@"\n'))
-        self.check("mkdir", "-p", "/etc/sluice")
-        self.check("mosquitto_passwd", "-c", "-b", "/etc/mosquitto/passwd", *SENSOR[1::2])
-
-    def ship(self, text: str) -> None:
-        """Let the checkout have this drop-in."""
-        self.write("/copy/deploy/mosquitto.conf", text)
-
-    def set_up(self, before: str = "", within: Sequence[str] = ()) -> tuple[int, str]:
-        """Run the broker's part of install.sh; return its code and all that it said."""
-        script = f". /copy/install.sh\n{before}\nset_up_mosquitto"
-        done = self.run(*within, "bash", "-c", script)
-        return done.returncode, done.stdout + done.stderr
-
-    def settings(self) -> dict[str, bytes]:
-        """Return every file of the broker's configuration."""
-        files = self.check("find", "/etc/mosquitto", "-type", "f").split()
-        return {name: self.path(name).read_bytes() for name in files}
-
-    def has(self, path: str) -> bool:
-        """Return whether that file or directory is there."""
-        return self.run("test", "-e", path).returncode == 0
-
-    def service(self) -> list[int]:
-        """Return the process of the service's broker."""
-        found = self.run("pgrep", "-f", f"^/usr/sbin/mosquitto -c {MAIN}")
-        return [int(word) for word in found.stdout.split()]
-
-    def publishes(self, port: int, *options: str) -> int:
-        """Publish one message at QoS 1 and return the code: 0 if it was acknowledged."""
-        message = ("-p", str(port), "-q", "1", "-t", "a/b", "-m", "x")
-        return self.run("mosquitto_pub", "-h", "127.0.0.1", *message, *options).returncode
-
-    def serves_with_ours(self) -> bool:
-        """Return whether the broker that runs has read our drop-in, which is in force."""
-        last_start = self.read(LOG).rpartition(" starting\n")[2]
-        local_only = "Starting in local only mode" in last_start
-        return self.publishes(1883) == 0 and not local_only and self.read(DROP_IN) == SHIPPED
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with Machine(environment=False) as root:
-        root.prepare()
-        yield root
-
-
-@pytest.fixture
-def debian(machine: Machine) -> Machine:
-    """With its Mosquitto as Debian ships it, running."""
-    machine.start_mosquitto()
-    assert "local only mode" in machine.read(LOG)
-    return machine
 
 
 # ------------------------------------------------------------------- the plant's own broker
@@ -312,18 +250,7 @@ def test_a_drop_in_that_mosquitto_refuses_never_gets_to_the_broker(debian: Machi
     assert "the running broker was not touched" in output
     assert debian.settings() == before
     assert debian.service() == process
-    assert not debian.has("/run/sluice-mosquitto-trial")
-
-
-def occupy(machine: Machine) -> None:
-    """Ship a drop-in with one more listener, whose address another program has."""
-    machine.start("python3", "-c", *OCCUPANT)
-    wait_until(
-        lambda: machine.run("bash", "-c", "exec 3<>/dev/tcp/127.0.0.2/1885").returncode == 0,
-        TIMEOUT_S,
-        "the other program has its port",
-    )
-    machine.ship(SHIPPED + OCCUPIED)
+    assert not debian.has(TRIAL)
 
 
 @pytest.mark.parametrize("former", [None, SHIPPED])
@@ -348,77 +275,3 @@ def test_a_drop_in_with_which_the_broker_does_not_come_up_is_taken_back(
     debian.ship(SHIPPED)
     assert debian.set_up()[0] == 0
     assert debian.serves_with_ours()
-
-
-# ----------------------------------------------------------------------------- killed within
-
-# Before which command of deploy/mosquitto-setup.sh it is killed.
-STEPS = {
-    "the trial answers": 'kill -KILL "$pid"*',
-    "it was tried": "begin_pending",
-    "the former is noted": 'mv "$DROP_IN_PENDING.new"*',
-    "the change is pending": 'record_drop_in "$SHIPPED_DROP_IN"',
-    "the new one is known": 'put_file "$SHIPPED_DROP_IN" "$DROP_IN"',
-    "the new one is there": "remember_the_log",
-    "the broker is asked to stop": 'wait_until "$MOSQUITTO_STOP_TIMEOUT_S"*',
-    "the broker is stopped": "start-stop-daemon --start*",
-    "the broker is started": "wait_for_mosquitto*",
-    "the broker serves": 'rm -rf "$DROP_IN_PENDING"',
-}
-
-
-def kill_before(command: str) -> str:
-    pattern = re.sub(r'(["$ ])', r"\\\1", command)
-    return f"set -T; trap 'case $BASH_COMMAND in {pattern}) kill -KILL $$;; esac' DEBUG"
-
-
-@pytest.mark.parametrize("then", ["again", "reboot"])
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_the_next_run_repairs(debian: Machine, step: str, then: str) -> None:
-    code, output = debian.set_up(kill_before(STEPS[step]))
-    assert code in {-9, 137}, f"it was not killed there: {code} {output}"
-    if then == "reboot":
-        debian.stop_mosquitto()
-        debian.start_mosquitto()
-        assert debian.publishes(1883) == 0
-
-    code, output = debian.set_up()
-
-    assert code == 0, output
-    assert debian.serves_with_ours()
-    assert not debian.has(PENDING)
-    assert not debian.has("/run/sluice-mosquitto-trial")
-    assert debian.processes("mosquitto", "mosquitto") == debian.service()
-    assert len(debian.service()) == 1
-
-
-def test_what_a_killed_run_has_left_is_taken_back_when_the_broker_is_now_the_plants(
-    debian: Machine,
-) -> None:
-    debian.set_up(kill_before(STEPS["the new one is there"]))
-    assert debian.has(DROP_IN)
-    debian.write(f"{CONF_D}/plant.conf", f"listener 1884\n{CLOSED}")
-    process = debian.service()
-
-    code, output = debian.set_up()
-
-    assert code == 0, output
-    assert not debian.has(DROP_IN)
-    assert not debian.has(PENDING)
-    assert debian.service() == process
-
-
-@pytest.mark.parametrize("now", [SHIPPED, SHIPPED + OCCUPIED, SHIPPED + "nonsense true\n"])
-def test_killed_while_the_broker_is_down_the_next_run_brings_it_up(
-    debian: Machine, now: str
-) -> None:
-    occupy(debian)
-    debian.set_up(kill_before("show_what_mosquitto_said"))
-    assert debian.service() == []
-    debian.ship(now)
-
-    code, output = debian.set_up()
-
-    assert code == (0 if now == SHIPPED else 1), output
-    assert debian.has(DROP_IN) == (now == SHIPPED)
-    assert debian.publishes(1883) == 0
