@@ -63,6 +63,8 @@ FINISH_TIMEOUT_S = 8.0
 
 US_PER_HOUR = 3_600_000_000
 SUBSCRIPTION_KEY = "mqtt_subscription"
+QOS0_KEY = "mqtt_qos0_filters"
+"""In meta: which filters of the subscription the broker has granted with QoS 0 only."""
 
 log = logging.getLogger("collector")
 
@@ -196,14 +198,20 @@ def _collect(
     conditions = Conditions()
     link = BrokerLink(f"{settings.mqtt_broker}:{settings.mqtt_port}")
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")
+    known_weak = json.loads(writer.meta(QOS0_KEY) or "[]")
     chosen = any(os.environ.get(name, "").strip() for name in ("INSTANCE_ID", "MQTT_CLIENT_ID"))
     identity = KeptIdentity(settings, known, chosen=chosen)
     settings = identity.settings
     broker = [settings.mqtt_broker, settings.mqtt_port, settings.mqtt_client_id]
 
-    def on_subscribed(filters: Sequence[str]) -> None:
-        identity.subscribed()
+    def on_subscribed(filters: Sequence[str], weak: Sequence[str]) -> None:
+        nonlocal known_weak
+        if filters:
+            identity.subscribed()
         store.remember(SUBSCRIPTION_KEY, json.dumps([*broker, *filters]))
+        if list(weak) != known_weak:
+            known_weak = list(weak)
+            store.remember(QOS0_KEY, json.dumps(known_weak))
 
     session = BrokerSession(
         settings,
@@ -211,6 +219,8 @@ def _collect(
         stop,
         watchdog,
         known_filters=known[3:] if known[:3] == broker else (),
+        weak_filters=known_weak,
+        last_reading_us=writer.received_us(writer.last_seq()),
         on_subscribed=on_subscribed,
         conditions=conditions,
         link=link,

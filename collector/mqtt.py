@@ -10,22 +10,25 @@ import logging
 import random
 import select
 import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paho.mqtt.client import Client, ConnectFlags
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
+from collector.brokerhealth import BrokerHealth, NotConnectedError, Problem, unreadable
 from collector.inbox import Delivered, Inbox
 from collector.packets import Message
 from collector.paho_client import Ack, FastClient
 from lifecycle import Settings, StopRequest, Watchdog, fields
 from spool import BrokerLink, Conditions
+
+if TYPE_CHECKING:
+    from collector.tls import Tls
 
 log = logging.getLogger("collector.mqtt")
 
@@ -62,7 +65,7 @@ class _Connection:
     accepted: bool = False
     garbled: bool = False
     subscribing: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    problem: str = ""
+    problem: Problem | None = None
 
 
 class BrokerSession:
@@ -74,7 +77,10 @@ class BrokerSession:
         stop: When to end; also wakes the loop.
         watchdog: Told at each turn.
         known_filters: The filters that the broker's session of this client id already has.
-        on_subscribed: Told the filters once the broker has granted them.
+        weak_filters: Those of them that were granted with QoS 0: they are asked for again.
+        last_reading_us: When the last reading was received before this start; 0 if not known.
+        on_subscribed: Told the filters that the broker has granted, and which of them with QoS 0;
+            none and none once it has lost the session.
         conditions: Where this session says what is wrong with it, for the spool's view ``health``.
         link: Where it says whether it is connected, for the spool's view ``broker``.
         jitter: Returns a number from 0 to 1.
@@ -88,7 +94,9 @@ class BrokerSession:
         watchdog: Watchdog,
         *,
         known_filters: Sequence[str] = (),
-        on_subscribed: Callable[[Sequence[str]], None] = lambda _: None,
+        weak_filters: Sequence[str] = (),
+        last_reading_us: int = 0,
+        on_subscribed: Callable[[Sequence[str], Sequence[str]], None] = lambda *_: None,
         conditions: Conditions | None = None,
         link: BrokerLink | None = None,
         jitter: Callable[[], float] = random.random,
@@ -98,9 +106,14 @@ class BrokerSession:
         self._stop = stop
         self._watchdog = watchdog
         self._known_filters = tuple(known_filters)
+        self._weak_filters = tuple(weak_filters)
+        self._last_reading_us = last_reading_us
         self._on_subscribed = on_subscribed
-        self._conditions = conditions or Conditions()
-        self._link = link or BrokerLink()
+        conditions = conditions or Conditions()
+        self._health = BrokerHealth(
+            settings, conditions, steady_s=SESSION_FLAP_S, link=link, clock=time.monotonic
+        )
+        self._tls = _tls(settings, conditions)
         self._jitter = jitter
         self._acks: deque[tuple[int, list[Ack]]] = deque()
         self._connection = _Connection(0, 0.0)
@@ -114,14 +127,6 @@ class BrokerSession:
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
-        if s.mqtt_tls_ca_file is not None:
-            context = ssl.create_default_context(cafile=str(s.mqtt_tls_ca_file))
-            if s.mqtt_tls_cert_file is not None:
-                context.load_cert_chain(
-                    str(s.mqtt_tls_cert_file),
-                    str(s.mqtt_tls_key_file) if s.mqtt_tls_key_file else None,
-                )
-            client.tls_set_context(context)
         return client
 
     def acknowledge(self, generation: int, acks: list[Ack]) -> None:
@@ -167,30 +172,40 @@ class BrokerSession:
         try:
             if s.mqtt_username:
                 self._client.username_pw_set(s.mqtt_username, self._password())
+            if self._tls is not None:
+                self._client.use_tls(self._tls.context())
             self._client.connect(s.mqtt_broker, s.mqtt_port, keepalive=KEEPALIVE_S)
-        except ssl.SSLError as error:
-            self._connection.problem = (
-                f"TLS with {s.mqtt_broker}:{s.mqtt_port} failed: {error}; check MQTT_TLS_CA_FILE "
-                "and that the certificate names this host"
-            )
+        except NotConnectedError as error:
+            self._connection.problem = error.problem
             return False
         except (OSError, ValueError) as error:
-            self._connection.problem = (
-                f"cannot reach the broker {s.mqtt_broker}:{s.mqtt_port}: {error}; is it running? "
-                "(systemctl status mosquitto)"
-            )
+            if self._tls is not None and self._tls.concerns(error):
+                self._connection.problem = self._tls.problem(error)
+            else:
+                self._connection.problem = Problem(
+                    f"cannot reach the broker {s.mqtt_broker}:{s.mqtt_port}: {error}",
+                    "is it running? (systemctl status mosquitto)",
+                )
             return False
+        self._health.opened()
         sock: Any = self._client.socket()
         if sock is not None:
             # Two acknowledgements close together would otherwise wait for each other's (Nagle,
             # delayed ACK): measured, 10 ms in the place of 1.5 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                self._tls.connected(sock.getpeercert(binary_form=True))
         return True
 
     def _password(self) -> str | None:
-        # Read anew each time, so that a changed password needs no restart.
+        # Read again each time, so that a changed password needs no restart.
         path = self._settings.mqtt_password_file
-        return path.read_text(encoding="utf-8").rstrip("\r\n") if path is not None else None
+        if path is None:
+            return None
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeError) as error:
+            raise NotConnectedError(unreadable("MQTT_PASSWORD_FILE", path, error)) from error
 
     def _serve(self) -> None:
         """Turn the loop until the connection is gone or the program should stop."""
@@ -201,6 +216,9 @@ class BrokerSession:
             if sock is None:
                 return
             self._watchdog.beat(LOOP)
+            self._health.turn()
+            if self._tls:
+                self._tls.turn()
             full = self._inbox.full
             if full:
                 client.keep_alive_unread()
@@ -259,7 +277,9 @@ class BrokerSession:
             remedy = next(
                 (r for n, r in _REFUSALS.items() if n in name), "look at the broker's log"
             )
-            self._connection.problem = f"the broker refuses the connection: {name}; {remedy}"
+            self._connection.problem = Problem(
+                f"the broker refuses the connection: {name}", remedy, refusal=True
+            )
             return
         self._connection.accepted = True
         wanted = self._settings.mqtt_topic
@@ -271,10 +291,14 @@ class BrokerSession:
                 session_resumed=bool(flags.session_present),
             ),
         )
-        if flags.session_present and set(self._known_filters) == set(wanted):
+        if self._known_filters and not flags.session_present:
+            # CONNECT has just begun an empty one, which the next CONNACK will call present.
+            self._known_filters = self._weak_filters = ()
+            self._on_subscribed((), ())
+            self._health.session_lost(self._last_reading_us)
+        if set(self._known_filters) == set(wanted) and not self._weak_filters:
             # Subscribing again would bring every retained message again.
-            self._failures = 0
-            self._link.up()
+            self._ready()
             return
         stale = [f for f in self._known_filters if f not in wanted]
         if flags.session_present and stale:
@@ -295,55 +319,61 @@ class BrokerSession:
         if filters is None:
             return  # nothing was asked for by this identifier, or it was granted before
         if len(reasons) != len(filters):
-            self._connection.problem = (
+            self._connection.problem = Problem(
                 f"the broker answers {len(reasons)} of {len(filters)} subscriptions; it is taken "
-                "for a refusal (MQTT 3.1.1, section 3.9.3)"
+                "for a refusal (MQTT 3.1.1, section 3.9.3)",
+                refusal=True,
             )
             client.disconnect()
             return
         refused = [f for f, r in zip(filters, reasons, strict=False) if r.value >= SUBSCRIBE_FAILED]
         if refused:
-            self._connection.problem = (
-                f"the broker refuses the subscription to {', '.join(refused)}; check its access "
-                "list for this user"
+            self._connection.problem = Problem(
+                f"the broker refuses the subscription to {', '.join(refused)}",
+                "check its access list for this user",
+                refusal=True,
             )
             client.disconnect()
             return
         weak = [f for f, r in zip(filters, reasons, strict=False) if r.value < SUBSCRIBE_QOS]
-        if weak:
-            log.warning(
-                "the broker grants QoS 0 only; what it sends gets no promise",
-                extra=fields(filters=weak),
-            )
-        self._failures = 0
-        self._known_filters = filters
-        self._on_subscribed(filters)
-        self._link.up()
+        self._known_filters, self._weak_filters = filters, tuple(weak)
+        self._health.granted(weak)
+        self._on_subscribed(filters, weak)
         log.info("subscribed", extra=fields(filters=filters))
+        self._ready()
+
+    def _ready(self) -> None:
+        self._failures = 0
+        self._health.ready(doubtful=self._flaps >= SESSION_FLAPS_SUSPICIOUS)
 
     def _after_loss(self) -> None:
         if self._stop.requested:
             return
         lived_s = time.monotonic() - self._connection.began
         self._flaps = self._flaps + 1 if lived_s < SESSION_FLAP_S else 0
-        if self._connection.accepted and not self._connection.problem:
+        self._connection.problem = self._connection.problem or self._reason()
+
+    def _reason(self) -> Problem:
+        """Return why the present connection has ended, where it was not told before."""
+        s = self._settings
+        if self._connection.accepted:
             reason = self._client.malformed or "the connection to the broker was lost"
-            hint = (
-                f"; is another client connected with the id {self._settings.mqtt_client_id}?"
-                if self._flaps >= SESSION_FLAPS_SUSPICIOUS
-                else ""
-            )
-            self._connection.problem = f"{reason}{hint}"
-        elif not self._connection.problem and self._connection.garbled:
+            if self._flaps < SESSION_FLAPS_SUSPICIOUS:
+                return Problem(reason)
+            hint = f"is another client connected with the id {s.mqtt_client_id}?"
+            return Problem(f"{reason}; {hint}", "give each client an MQTT_CLIENT_ID of its own")
+        if self._tls and (refused := self._tls.refusal(self._client.failure)):
+            return refused
+        if self._connection.garbled:
             # The library calls it a protocol error, and not a refusal, if CONNACK says that the
             # version is not supported (3.1.1, section 3.2.2.3, code 1).
-            s = self._settings
-            self._connection.problem = (
-                f"what answers at {s.mqtt_broker}:{s.mqtt_port} does not speak MQTT 3.1.1; check "
-                "MQTT_BROKER, MQTT_PORT and whether it expects TLS (MQTT_TLS_CA_FILE)"
+            return Problem(
+                f"what answers at {s.mqtt_broker}:{s.mqtt_port} does not speak MQTT 3.1.1",
+                "check MQTT_BROKER, MQTT_PORT and whether it expects TLS (MQTT_TLS_CA_FILE)",
+                refusal=True,
             )
-        elif not self._connection.problem:
-            self._connection.problem = "the broker closed the connection without an answer"
+        silence = "the broker closed the connection without an answer"
+        return Problem(silence, self._tls.doubt() if self._tls else "")
 
     def _wait_to_reconnect(self) -> None:
         if self._stop.requested:
@@ -351,9 +381,20 @@ class BrokerSession:
         self._failures += 1
         ceiling = min(RECONNECT_MAX_S, RECONNECT_FIRST_S * 2.0 ** min(self._failures - 1, 10))
         wait_s = ceiling * (0.5 + 0.5 * self._jitter())
-        self._link.down(self._connection.problem)
+        if self._connection.problem is not None:
+            self._health.lost(self._connection.problem)
         log.warning("%s", self._connection.problem, extra=fields(retry_in_s=round(wait_s, 2)))
         deadline = time.monotonic() + wait_s
         while not self._stop.requested and (left_s := deadline - time.monotonic()) > 0:
             self._watchdog.beat(LOOP)
+            self._health.turn()
             self._stop.wait(min(left_s, LOOP_TIMEOUT_S))
+
+
+def _tls(settings: Settings, conditions: Conditions) -> "Tls | None":
+    if settings.mqtt_tls_ca_file is None:
+        return None
+    # Only here: reading certificates takes a library of 8 MB.
+    from collector.tls import Tls  # noqa: PLC0415 - see above
+
+    return Tls(settings, conditions)

@@ -5,11 +5,13 @@ a message. Here a large piece is read at once, the PUBLISH packets in it are tak
 :mod:`collector.packets`, and every other packet is left to paho. Connecting, TLS, keepalive,
 subscribing and writing stay paho's.
 
-The private parts used: ``_packet_read`` (replaced), ``_sock_recv``, ``_packet_handle``,
-``_in_packet``, ``_packet_queue``, ``_last_bytes_received``, ``_ping_t``. The version is
-bounded in pyproject.toml, and ``tests/test_paho_private_parts.py`` fails when they change.
+The private parts used: ``_packet_read`` (replaced), ``_sock_recv``, ``_sock_send``,
+``_packet_handle``, ``_in_packet``, ``_packet_queue``, ``_last_bytes_received``, ``_ping_t``,
+``_ssl_context``. The version is bounded in pyproject.toml, and
+``tests/test_paho_private_parts.py`` fails when they change.
 """
 
+import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -67,10 +69,18 @@ class FastClient(Client):
         self._reader = PacketReader(max_payload_bytes)
         self.reads = 0
         """How many reads brought something: tells an empty socket from a busy one."""
+        self.failure: OSError | None = None
+        """What ended the present connection's reading or writing, if something did."""
 
     def start_stream(self) -> None:
         """Forget what the last connection left half-read. Call before each connecting."""
         self._reader = PacketReader(self._max_payload_bytes)
+        self.failure = None
+
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """Have the next connection use this context. May be called again and again."""
+        self._ssl_context = None  # paho takes a context once, and certificates are renewed
+        self.tls_set_context(context)
 
     @property
     def malformed(self) -> str:
@@ -95,7 +105,8 @@ class FastClient(Client):
             data = self._sock_recv(READ_BYTES)
         except BlockingIOError:
             return MQTTErrorCode.MQTT_ERR_AGAIN
-        except OSError:
+        except OSError as error:
+            self.failure = error
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
         if not data:
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
@@ -113,6 +124,31 @@ class FastClient(Client):
             if self._reader.malformed
             else MQTTErrorCode.MQTT_ERR_SUCCESS
         )
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        try:
+            return super()._sock_send(buf)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.failure = self._alert() or error
+            raise
+
+    def _alert(self) -> ssl.SSLError | None:
+        """Return the alert that stands unread behind a write that failed.
+
+        In TLS 1.3 the client's handshake is over before the broker has looked at its certificate,
+        so CONNECT meets a closed connection, and only a read tells why.
+        """
+        if self._ssl_context is None:
+            return None
+        try:
+            self._sock_recv(1)
+        except ssl.SSLError as error:
+            return error
+        except OSError:
+            return None
+        return None
 
     def _handle_other(self, command: int, body: bytes) -> MQTTErrorCode:
         if command == PUBREL and len(body) == 2:  # noqa: PLR2004 - section 3.6

@@ -83,10 +83,14 @@ class Gate:
             # The writer's loop never turns here, so this never ends the test run.
             Watchdog([LOOP, "writer"], 1e6, self.beats),
             known_filters=known_filters,
-            on_subscribed=lambda filters: self.subscribed.append(tuple(filters)),
+            on_subscribed=self._on_subscribed,
             jitter=lambda: jitter,
         )
         self.thread = threading.Thread(target=self.session.run, name="session")
+
+    def _on_subscribed(self, filters: Sequence[str], _weak: Sequence[str]) -> None:
+        if filters:
+            self.subscribed.append(tuple(filters))
 
     def start(self) -> None:
         self.thread.start()

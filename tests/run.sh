@@ -27,7 +27,7 @@ check ruff check --extend-exclude "$VENV"
 check ruff format --check --extend-exclude "$VENV"
 check mypy
 if command -v shellcheck >/dev/null; then
-  check shellcheck install.sh tests/{environment,run,torture/run}.sh bench/run.sh deploy/*.sh .ci/run
+  check shellcheck install.sh tests/{environment,run,torture/run}.sh tests/harness/*.sh bench/run.sh deploy/*.sh .ci/run
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   note "NOT IN ORDER: ${failed[*]} (the exit code will be 1, whatever pytest says)"

@@ -102,6 +102,24 @@ def test_a_session_that_the_broker_has_lost_is_subscribed_again(
     assert link.grant() == [FILTER], "and there is nothing to unsubscribe"
 
 
+def test_a_session_begun_again_and_left_before_the_grant_is_subscribed_at_the_next_connection(
+    broker: WireBroker, gates: Callable[..., Gate], book: Logbook
+) -> None:
+    gate = gates(known_filters=[FILTER])
+    gate.start()
+    first = broker.link()
+    first.accept(session_present=False)
+    first.expect(0x82)
+    first.close()
+    second = broker.link()
+    second.accept(session_present=True)
+    assert second.grant() == [FILTER], "the session that the first CONNECT began has no filter"
+    second.send(publish(5))
+    gate.arrival()
+    assert gate.subscribed == [(FILTER,)]
+    assert book.levels("has lost the session") == ["WARNING"], "told once"
+
+
 def test_filters_that_are_no_longer_wanted_are_unsubscribed(
     broker: WireBroker, gates: Callable[..., Gate]
 ) -> None:

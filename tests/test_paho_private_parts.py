@@ -43,6 +43,7 @@ def test_the_names_exist_with_the_signatures_that_are_used() -> None:
     assert list(inspect.signature(client._packet_read).parameters) == ["self"]  # noqa: SLF001
     assert list(inspect.signature(client._packet_handle).parameters) == ["self"]  # noqa: SLF001
     assert list(inspect.signature(client._sock_recv).parameters) == ["self", "bufsize"]  # noqa: SLF001
+    assert list(inspect.signature(client._sock_send).parameters) == ["self", "buf"]  # noqa: SLF001
     queue = list(inspect.signature(client._packet_queue).parameters)  # noqa: SLF001
     assert queue[:5] == ["self", "command", "packet", "mid", "qos"]
     instance = FastClient("test", 1000, lambda _: None)
@@ -135,7 +136,7 @@ def test_each_private_part_that_the_adapter_names_exists_in_paho() -> None:
     text = collector.paho_client.__doc__ or ""
     listed = text.partition("The private parts used:")[2].partition("The version is")[0]
     named = re.findall(r"``(_\w+)``", listed)
-    assert len(named) == 7
+    assert len(named) == 9
     source = inspect.getsource(paho.Client)
     for name in named:
         assert re.search(rf"\bself\.{name}\b", source), f"paho no longer has {name}"
