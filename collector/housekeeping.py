@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from lifecycle import fields
+from lifecycle import fields, log_notice
 from spool import (
     SALVAGE_STEP_BYTES,
     SPOOL_DAMAGED,
@@ -148,8 +148,7 @@ class Housekeeping:
         notice = self.log.look(writer)
         self.log.report_to(self.conditions)
         if notice is not None:
-            severity = logging.getLevelNamesMapping()[notice.severity]
-            log.log(severity, notice.message, extra=fields(**notice.values))
+            log_notice(log, notice)
 
     def while_log_full(self, writer: SpoolWriter) -> None:
         """Do what has to be done although nothing should be written."""

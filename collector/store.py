@@ -23,6 +23,7 @@ from spool import (
     ROW_OVERHEAD_BYTES,
     CorruptFileError,
     DiskFullError,
+    FileLockedError,
     Level,
     NewReading,
     Rejection,
@@ -132,8 +133,11 @@ class Store:
                 pass
             self._farewell()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
-            if isinstance(error, DiskFullError) and self._stop.requested:
-                log.warning("ends while the disk is full; the broker keeps its messages")
+            if isinstance(error, DiskFullError | FileLockedError) and self._stop.requested:
+                what = (
+                    "the disk is full" if isinstance(error, DiskFullError) else "a file is locked"
+                )
+                log.warning("ends while %s; the broker keeps its messages", what)
                 return
             self.failure = error
             self._stop.request("the writer thread failed")

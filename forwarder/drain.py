@@ -26,6 +26,7 @@ from lifecycle import StopRequest, Watchdog, fields
 from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,
+    FileLockedError,
     FileMissingError,
     Gap,
     Reading,
@@ -204,7 +205,7 @@ class Drain:
             self._reader = None
         try:
             reader = SpoolReader.open(self._directory)
-        except FileMissingError as error:
+        except (FileMissingError, FileLockedError) as error:
             log.info("waiting for the spool: %s", error)
             return
         self._reader = reader

@@ -16,6 +16,7 @@ from sqlite_utils import Database, Migrations
 
 from spool.connection import APPLICATION_ID
 from spool.errors import SpoolError
+from spool.locks import OwnerConnection, begin, commit
 from spool.writer import SpoolWriter
 
 
@@ -77,7 +78,7 @@ def _sink_4(db: Database) -> None:
 
 
 def migrate(
-    conn: sqlite3.Connection,
+    conn: OwnerConnection,
     migrations: Migrations,
     initialise: Callable[[sqlite3.Connection], None],
 ) -> None:
@@ -87,14 +88,14 @@ def migrate(
     can leave a file of the right format without it.
     """
     db = Database(conn, execute_plugins=False)
-    conn.execute("BEGIN IMMEDIATE")
+    begin(conn)
     try:
         migrations.apply(db)
         initialise(conn)
     except BaseException:
         conn.rollback()
         raise
-    conn.execute("COMMIT")
+    commit(conn)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spool.bell import Bell
+from spool.bell import Bell, open_bell
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.deletion import delete_readings
@@ -24,6 +24,7 @@ from spool.insertion import (
     insert_rejections,
     trim_rejections,
 )
+from spool.locks import LockWait, OwnerConnection, begin, commit, vacuum_step
 from spool.logwatch import restart_log, truncate_log, wal_bytes
 from spool.progress import SET_PROGRESS, SinkProgress
 from spool.records import PAYLOAD, NewReading, Rejection
@@ -58,11 +59,13 @@ class SpoolWriter:
     before relying on anything.
     """
 
-    def __init__(self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool) -> None:
+    def __init__(self, conn: OwnerConnection, path: Path, bell: Bell, *, created: bool) -> None:
         self._conn = conn
         self._bell = bell
         self._along: tuple[int, int] | None = None
         self.path = path
+        self.lock_wait = conn.lock_wait
+        """How the lock of another process is waited for."""
         self.created = created
         """Whether this opening made the file (and its epoch)."""
         (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
@@ -79,12 +82,15 @@ class SpoolWriter:
         """The limit of the ring of rejected messages from the next append on."""
 
     @classmethod
-    def open(cls, directory: Path, *, synced: bool = False) -> "SpoolWriter":
+    def open(
+        cls, directory: Path, *, synced: bool = False, lock_wait: LockWait | None = None
+    ) -> "SpoolWriter":
         """Open the spool in ``directory``; make a new one, with a new epoch, if there is none.
 
         Args:
             directory: SPOOL_DIR.
             synced: See :func:`spool.connection.open_owner`.
+            lock_wait: See there.
 
         Raises:
             StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
@@ -93,9 +99,9 @@ class SpoolWriter:
         path = spool_path(directory)
         refuse_orphaned_log(path)
         # Before the database: whoever can read a row can also listen.
-        bell = _open_bell(directory)
+        bell = open_bell(directory)
         try:
-            conn = open_owner(path, synced=synced)
+            conn = open_owner(path, synced=synced, lock_wait=lock_wait)
         except BaseException:
             bell.close()
             raise
@@ -129,10 +135,9 @@ class SpoolWriter:
     @contextmanager
     def _transaction(self, operation: str) -> "Iterator[sqlite3.Connection]":
         try:
-            # IMMEDIATE: a transaction that reads and then writes could otherwise fail at once.
-            self._conn.execute("BEGIN IMMEDIATE")
+            begin(self._conn)
             yield self._conn
-            self._conn.execute("COMMIT")
+            commit(self._conn)
             self._log_pages += PAGES_OF_A_COMMIT
         except sqlite3.Error as error:
             self._roll_back()
@@ -325,9 +330,7 @@ class SpoolWriter:
     def return_space(self, max_bytes: int) -> None:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
         try:
-            pages = max(1, max_bytes // self._page_bytes)
-            # It frees one page a step, and execute() makes one step only where no columns come.
-            self._conn.executescript(f"PRAGMA incremental_vacuum({pages})")
+            vacuum_step(self._conn, pages := max(1, max_bytes // self._page_bytes))
             self._log_pages += pages // 8  # it writes what points to them
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
@@ -378,14 +381,7 @@ class SpoolWriter:
         self._conn.execute(f"PRAGMA wal_autocheckpoint={pages}")
 
 
-def _open_bell(directory: Path) -> Bell:
-    try:
-        return Bell.open(directory)
-    except OSError as error:
-        raise file_fault(error, "open the bell", spool_path(directory)) from error
-
-
-def _migrate(conn: sqlite3.Connection, path: Path) -> None:
+def _migrate(conn: OwnerConnection, path: Path) -> None:
     from spool.migrations import migrate, spool_migrations  # noqa: PLC0415 - see that module
 
     def initialise(conn: sqlite3.Connection) -> None:
