@@ -134,10 +134,7 @@ class Store:
             self._farewell()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
             if isinstance(error, DiskFullError | FileLockedError) and self._stop.requested:
-                what = (
-                    "the disk is full" if isinstance(error, DiskFullError) else "a file is locked"
-                )
-                log.warning("ends while %s; the broker keeps its messages", what)
+                log.warning("ends while nothing can be written; the broker keeps all: %s", error)
                 return
             self.failure = error
             self._stop.request("the writer thread failed")

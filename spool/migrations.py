@@ -17,6 +17,7 @@ from sqlite_utils import Database, Migrations
 from spool.connection import APPLICATION_ID
 from spool.errors import SpoolError
 from spool.locks import OwnerConnection, begin, commit
+from spool.shown import with_shown_texts
 from spool.writer import SpoolWriter
 
 
@@ -37,7 +38,7 @@ def _statements(script: str) -> Iterator[str]:
 
 def _run_script(db: Database, name: str, version: int) -> None:
     script = files("spool.schema").joinpath(name).read_text(encoding="utf-8")
-    for statement in _statements(script):
+    for statement in _statements(with_shown_texts(script)):
         db.conn.execute(statement)
     db.conn.execute(f"PRAGMA application_id={APPLICATION_ID}")
     db.conn.execute(f"PRAGMA user_version={version}")
@@ -55,6 +56,11 @@ def _spool_1(db: Database) -> None:
 @spool_migrations(name="2")
 def _spool_2(db: Database) -> None:
     _run_script(db, "spool_2.sql", 2)
+
+
+@spool_migrations(name="3")
+def _spool_3(db: Database) -> None:
+    _run_script(db, "spool_3.sql", 3)
 
 
 @sink_migrations(name="1")
@@ -75,6 +81,11 @@ def _sink_3(db: Database) -> None:
 @sink_migrations(name="4")
 def _sink_4(db: Database) -> None:
     _run_script(db, "sink_4.sql", 4)
+
+
+@sink_migrations(name="5")
+def _sink_5(db: Database) -> None:
+    _run_script(db, "sink_5.sql", 5)
 
 
 def migrate(

@@ -20,7 +20,7 @@ from spool.locks import LockWait, OwnerConnection, begin, commit, vacuum_step
 from spool.logwatch import restart_log, wal_bytes
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
-SINK_FORMAT = 4
+SINK_FORMAT = 5
 
 GAP_ROWS_MAX = 10_000
 """The newest are kept: with drop-oldest each batch can leave one, for as long as the service is

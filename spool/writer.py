@@ -32,7 +32,7 @@ from spool.records import PAYLOAD, NewReading, Rejection
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SPOOL_FORMAT = 2
+SPOOL_FORMAT = 3
 
 CHECK_ROWS = 20_000
 """More than any sink reads at once."""
