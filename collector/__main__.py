@@ -5,10 +5,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from collector.clockwatch import ClockWatch
-from collector.housekeeping import Housekeeping, warn_of_small_disk
+from collector.housekeeping import STANDS_STILL, Housekeeping, warn_of_small_disk
 from collector.identity import KeptIdentity
 from collector.inbox import Inbox
 from collector.mqtt import LOOP as NETWORK_LOOP
@@ -25,6 +26,7 @@ from lifecycle import (
     Watchdog,
     fields,
     leave,
+    log_notice,
     run,
     tell_version,
 )
@@ -35,6 +37,8 @@ from spool import (
     Conditions,
     CorruptFileError,
     DiskFullError,
+    FileLockedError,
+    LockWait,
     NewerFormatError,
     Retention,
     Salvage,
@@ -70,8 +74,20 @@ log = logging.getLogger("collector")
 
 
 def _body(settings: Settings, stop: StopRequest) -> None:
+    try:
+        _run_with_spool(settings, stop)
+    except FileLockedError as error:
+        if not stop.requested:
+            raise
+        log.warning("ends while a file is locked; the broker keeps its messages: %s", error)
+
+
+def _run_with_spool(settings: Settings, stop: StopRequest) -> None:
     sinks = SinkFiles(settings.spool_dir, {s: s in settings.enabled_sinks for s in SINKS})
-    writer, salvage = _open_spool(settings, sinks)
+    lock_wait = LockWait(
+        STANDS_STILL, asked_to_stop=lambda: stop.requested, tell=partial(log_notice, log)
+    )
+    writer, salvage = _open_spool(settings, sinks, lock_wait)
     try:
         if salvage is not None:
             _claim_salvage(salvage, settings.app_env, [sink.read() for sink in sinks])
@@ -113,25 +129,25 @@ def _claim_salvage(salvage: Salvage, app_env: str, sinks: Sequence[SinkProgress]
 
 
 def _open_spool(
-    settings: Settings, sinks: Iterable[SinkFile]
+    settings: Settings, sinks: Iterable[SinkFile], lock_wait: LockWait | None = None
 ) -> tuple[SpoolWriter, Salvage | None]:
     """Open the spool; a damaged one is set aside and a new one takes its place."""
     directory = settings.spool_dir
     try:
-        writer = _open_writer(directory)
+        writer = _open_writer(directory, lock_wait)
     except DiskFullError as error:
         # To open the spool is to sync its log and to read it, and both may need room.
         if not Ballast(directory, settings.spool_max_bytes).release():
             raise
         log.warning("gave up the ballast file, so that the spool can be opened: %s", error)
-        writer = _open_writer(directory)
+        writer = _open_writer(directory, lock_wait)
     except UnreadableFileError as error:
         if not lasting(error):
             raise
-        writer = _begin_anew(directory, error)
+        writer = _begin_anew(directory, error, lock_wait)
     except CorruptFileError as error:
         log.warning("opened once more, for it may have been a read error that passes: %s", error)
-        writer = _open_again(directory)
+        writer = _open_again(directory, lock_wait)
     readable(writer.path)
     if position := writer.meta(SALVAGE_KEY):
         return writer, Salvage.resumed(position)
@@ -160,22 +176,22 @@ def _open_spool(
     return writer, salvage
 
 
-def _open_again(directory: Path) -> SpoolWriter:
+def _open_again(directory: Path, lock_wait: LockWait | None) -> SpoolWriter:
     try:
-        return _open_writer(directory)
+        return _open_writer(directory, lock_wait)
     except CorruptFileError as error:
-        return _begin_anew(directory, error)
+        return _begin_anew(directory, error, lock_wait)
 
 
-def _begin_anew(directory: Path, error: SpoolError) -> SpoolWriter:
+def _begin_anew(directory: Path, error: SpoolError, lock_wait: LockWait | None) -> SpoolWriter:
     log.critical("the spool is damaged: %s", error)
     _tell_set_aside(set_aside(spool_path(directory)))
-    return _open_writer(directory)
+    return _open_writer(directory, lock_wait)
 
 
-def _open_writer(directory: Path) -> SpoolWriter:
+def _open_writer(directory: Path, lock_wait: LockWait | None) -> SpoolWriter:
     prepare_apart(directory, os.environ)
-    return SpoolWriter.open(directory)
+    return SpoolWriter.open(directory, lock_wait=lock_wait)
 
 
 def _tell_set_aside(path: os.PathLike[str]) -> None:
@@ -194,6 +210,7 @@ def _collect(
     sinks: Iterable[SinkFile],
 ) -> None:
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
+    writer.lock_wait.beat = partial(watchdog.beat, WRITER_LOOP)
     inbox = Inbox(on_room=stop.wake)
     conditions = Conditions()
     link = BrokerLink(f"{settings.mqtt_broker}:{settings.mqtt_port}")
@@ -228,7 +245,9 @@ def _collect(
     store = Store(
         # Opened again only after SQLITE_FULL, which comes before the sync; a sync that failed
         # (SQLITE_IOERR_FSYNC) ends the process.
-        open_writer=lambda: SpoolWriter.open(settings.spool_dir, synced=True),
+        open_writer=partial(
+            SpoolWriter.open, settings.spool_dir, synced=True, lock_wait=writer.lock_wait
+        ),
         writer=writer,
         inbox=inbox,
         validator=Validator(

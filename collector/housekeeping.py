@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from collector.clockwatch import ClockWatch
 from collector.diskhealth import DiskHealth
-from lifecycle import fields
+from lifecycle import fields, log_notice
 from spool import (
     BEAT_S,
     SALVAGE_STEP_BYTES,
@@ -168,8 +168,7 @@ class Housekeeping:
         notice = self.log.look(writer)
         self.log.report_to(self.conditions)
         if notice is not None:
-            severity = logging.getLevelNamesMapping()[notice.severity]
-            log.log(severity, notice.message, extra=fields(**notice.values))
+            log_notice(log, notice)
 
     def while_log_full(self, writer: SpoolWriter) -> None:
         """Do what has to be done although nothing should be written."""

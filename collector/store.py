@@ -23,6 +23,7 @@ from spool import (
     ROW_OVERHEAD_BYTES,
     CorruptFileError,
     DiskFullError,
+    FileLockedError,
     Level,
     NewReading,
     Rejection,
@@ -119,8 +120,8 @@ class Store:
                 pass
             self._farewell()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by join()
-            if isinstance(error, DiskFullError) and self._stop.requested:
-                log.warning("ends while the disk is full; the broker keeps its messages")
+            if isinstance(error, DiskFullError | FileLockedError) and self._stop.requested:
+                log.warning("ends while nothing can be written; the broker keeps all: %s", error)
                 return
             self.failure = error
             with contextlib.suppress(SpoolError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forwarder.batch_delivery import LOOP
 from forwarder.drain import Drain
-from forwarder.loghold import LogHold
+from forwarder.loghold import STANDS_STILL, LogHold
 from forwarder.pulse import Pulse
 from forwarder.registry import build
 from lifecycle import (
@@ -20,6 +20,7 @@ from lifecycle import (
     StopRequest,
     fields,
     leave,
+    log_notice,
     run,
     tell_version,
 )
@@ -27,6 +28,8 @@ from spool import (
     LOGGED,
     CorruptFileError,
     CursorAheadError,
+    FileLockedError,
+    LockWait,
     NewerFormatError,
     SinkState,
     SpoolError,
@@ -54,7 +57,12 @@ def main(arguments: list[str]) -> ExitCode:
 
     def body(settings: Settings, stop: StopRequest) -> None:
         if name in settings.enabled_sinks:
-            _drain(name, settings, stop)
+            try:
+                _drain(name, settings, stop)
+            except FileLockedError as error:
+                if not stop.requested:
+                    raise
+                log.warning("ends while a file is locked; the spool keeps all: %s", error)
             return
         # Up and idle, so that supervisorctl shows it and does not start it again and again.
         log.warning("%s_ENABLED is false: idle, nothing is delivered", name.upper())
@@ -72,11 +80,15 @@ def main(arguments: list[str]) -> ExitCode:
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:
     _trust(settings)
-    state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes)
+    lock_wait = LockWait(
+        STANDS_STILL, asked_to_stop=lambda: stop.requested, tell=partial(log_notice, log)
+    )
+    state = _open_state(settings.spool_dir, name, settings.dead_letter_max_bytes, lock_wait)
     state.beat.begin(settings.app_env)
     if settings.app_env == "LOCAL":
         state.delivered_counter = LOGGED
     watchdog = Pulse(LOOP, WATCHDOG_S, state)
+    lock_wait.beat = watchdog.waits
     sink = build(name, settings, state)
     try:
         Drain(
@@ -111,9 +123,11 @@ def _trust(settings: Settings) -> None:
         log.warning("the authorities: %s", told)
 
 
-def _open_state(directory: Path, name: str, dead_letter_max_bytes: int) -> SinkState:
+def _open_state(
+    directory: Path, name: str, dead_letter_max_bytes: int, lock_wait: LockWait
+) -> SinkState:
     """Open the sink's file; a damaged one is set aside and a new one takes its place."""
-    opened = partial(SinkState.open, directory, name, dead_letter_max_bytes)
+    opened = partial(SinkState.open, directory, name, dead_letter_max_bytes, lock_wait)
     try:
         state = opened()
     except UnreadableFileError as error:

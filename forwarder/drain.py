@@ -28,6 +28,7 @@ from spool import (
     SPOOL_DAMAGED,
     CorruptFileError,
     DiskFullError,
+    FileLockedError,
     FileMissingError,
     Gap,
     Reading,
@@ -219,7 +220,7 @@ class Drain:
             self._reader = None
         try:
             reader = SpoolReader.open(self._directory)
-        except FileMissingError as error:
+        except (FileMissingError, FileLockedError) as error:
             log.info("waiting for the spool: %s", error)
             return
         self._reader = reader

@@ -8,7 +8,7 @@ bound the delivery holds: what cannot be settled must not be sent.
 import contextlib
 import logging
 
-from lifecycle import Watchdog, fields
+from lifecycle import Watchdog, log_notice
 from spool import (
     Conditions,
     CorruptFileError,
@@ -68,8 +68,7 @@ class LogHold:
                 log.warning("WAL checkpoint failed; will retry: %s", error)
             notice = None
         if notice is not None:
-            severity = logging.getLevelNamesMapping()[notice.severity]
-            log.log(severity, notice.message, extra=fields(**notice.values))
+            log_notice(log, notice)
         self._watch.report_to(self.conditions)
         try:
             self.conditions.store(self._state)

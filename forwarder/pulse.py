@@ -15,6 +15,7 @@ class Pulse(Watchdog):
 
     def __init__(self, loop: str, timeout_s: float, state: SinkState) -> None:
         super().__init__([loop], timeout_s)
+        self._loop = loop
         self._state = state
 
     def beat(self, loop: str) -> None:
@@ -25,3 +26,7 @@ class Pulse(Watchdog):
         """
         super().beat(loop)
         self._state.beat.turn()
+
+    def waits(self) -> None:
+        """Say that the loop waits as it may, without a sign of life: the file is locked."""
+        super().beat(self._loop)

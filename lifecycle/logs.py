@@ -9,7 +9,8 @@ import json
 import logging
 import sys
 import time
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Protocol, TextIO
 
 _SEVERITIES = {"WARN": "WARNING", "FATAL": "CRITICAL"}
 
@@ -27,6 +28,28 @@ def printable(text: str) -> str:
 def fields(**values: object) -> dict[str, dict[str, object]]:
     """Return the ``extra`` argument that puts ``values`` into a log line as fields."""
     return {"fields": values}
+
+
+class Notice(Protocol):
+    """What a package that logs nothing wants to have logged."""
+
+    @property
+    def severity(self) -> str:
+        """A name of logging's levels."""
+
+    @property
+    def message(self) -> str:
+        """The event."""
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """Its fields."""
+
+
+def log_notice(logger: logging.Logger, notice: Notice) -> None:
+    """Log ``notice``."""
+    level = logging.getLevelNamesMapping()[notice.severity]
+    logger.log(level, notice.message, extra=fields(**notice.values))
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -63,6 +63,7 @@ from spool.errors import (
     CorruptFileError,
     CursorAheadError,
     DiskFullError,
+    FileLockedError,
     FileMissingError,
     NewerFormatError,
     SpoolError,
@@ -74,7 +75,9 @@ from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
 from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
-from spool.logwatch import LogNotice, LogWatch
+from spool.locks import LockWait
+from spool.logwatch import LogWatch
+from spool.notices import LogNotice
 from spool.progress import LOGGED, SPOOL_DAMAGED, SinkFile, SinkProgress
 from spool.reader import SpoolReader
 from spool.records import (
@@ -116,11 +119,13 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "DiskFullError",
+    "FileLockedError",
     "FileMissingError",
     "Gap",
     "Journal",
     "Level",
     "LinkState",
+    "LockWait",
     "LogNotice",
     "LogWatch",
     "NewReading",

@@ -19,6 +19,9 @@ import os
 import select
 from pathlib import Path
 
+from spool.errors import file_fault
+from spool.files import spool_path
+
 BELL_FILE = "doorbell"
 _TEXT = b"The collector reads this after each commit, which wakes the forwarders.\n"
 
@@ -72,6 +75,18 @@ class Bell:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def open_bell(directory: Path) -> Bell:
+    """Open the bell in ``directory`` (:meth:`Bell.open`).
+
+    Raises:
+        StorageFaultError: It cannot be opened.
+    """
+    try:
+        return Bell.open(directory)
+    except OSError as error:
+        raise file_fault(error, "open the bell", spool_path(directory)) from error
 
 
 class Listener:

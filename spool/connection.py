@@ -13,11 +13,11 @@ from spool.errors import (
     translated,
 )
 from spool.files import SIDE_SUFFIXES
+from spool.locks import LOCK_STEP_S, LockWait, OwnerConnection
 from spool.log_sync import rewrite_log
 
 BUSY_TIMEOUT_S = 10.0
-"""A file has one writer, so waiting is rare: another's recovery after a crash, or a person
-in the sqlite3 shell."""
+"""How long a reader waits: another's recovery after a crash, or a person in the sqlite3 shell."""
 
 WAL_KEPT_BYTES = 64 * 1024 * 1024
 """A write-ahead log that a long reader made grow is cut back to this."""
@@ -56,7 +56,9 @@ def refuse_orphaned_log(path: Path) -> None:
         raise CorruptFileError(f"{path} is damaged: it is gone or empty, and its log is not", path)
 
 
-def open_owner(path: Path, *, synced: bool = False) -> sqlite3.Connection:
+def open_owner(
+    path: Path, *, synced: bool = False, lock_wait: LockWait | None = None
+) -> OwnerConnection:
     """Open ``path`` as its only writer, and create it where it is missing.
 
     What its write-ahead log holds is on the disk when this returns (:mod:`spool.log_sync`).
@@ -66,6 +68,8 @@ def open_owner(path: Path, *, synced: bool = False) -> sqlite3.Connection:
         synced: Whether this very process has synced all that the log holds, and no sync has
             failed: then the log is not written again. On a full disk a file is opened twice a
             second.
+        lock_wait: How the lock of another process is waited for, now and by
+            :func:`spool.locks.begin`; by default some seconds.
 
     Raises:
         StorageFaultError: It cannot be opened, or its log cannot be synced; CorruptFileError if
@@ -76,17 +80,23 @@ def open_owner(path: Path, *, synced: bool = False) -> sqlite3.Connection:
         # first byte is written.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
         conn = sqlite3.connect(
-            path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            path,
+            timeout=LOCK_STEP_S,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=OwnerConnection,
         )
     except sqlite3.Error as error:
         raise translated(error, "open", path) from error
     except OSError as error:
         raise file_fault(error, "open", path) from error
+    conn.path = path
+    conn.lock_wait = lock_wait or LockWait()
     try:
         # First of all: already some of the settings are a commit, which stands behind the others.
         if not synced:
             rewrite_log(conn, path)
-        _configure_owner(conn)
+        conn.lock_wait.run(lambda: _configure_owner(conn), path)
     except sqlite3.Error as error:
         conn.close()
         raise translated(error, "open", path) from error

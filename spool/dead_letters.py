@@ -109,7 +109,7 @@ class DeadLetters:
             seq, *columns = letter.row
             detail = letter.detail
             if len(detail) > DETAIL_MAX_CHARS:
-                detail = f"{detail[: DETAIL_MAX_CHARS - 1]}…"
+                detail = f"{detail[: DETAIL_MAX_CHARS - 3]}..."
             new += conn.execute(
                 _INSERT, (now_us, letter.reason, detail, epoch, seq, *columns)
             ).rowcount

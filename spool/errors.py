@@ -5,6 +5,8 @@ import os
 import sqlite3
 from pathlib import Path
 
+from spool.readers import lock_holders
+
 
 class SpoolError(Exception):
     """The base of all errors of the spool's files."""
@@ -16,6 +18,10 @@ class StorageFaultError(SpoolError):
 
 class DiskFullError(StorageFaultError):
     """SQLite found no room on the disk (SQLITE_FULL). Free some, then go on."""
+
+
+class FileLockedError(StorageFaultError):
+    """Another process holds a lock on the file (SQLITE_BUSY), and waiting for it was given up."""
 
 
 class CorruptFileError(StorageFaultError):
@@ -63,6 +69,8 @@ class CursorAheadError(SpoolError):
 
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
+_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
 _READ_FAILED = {
     sqlite3.SQLITE_IOERR_READ,
     sqlite3.SQLITE_IOERR_SHORT_READ,
@@ -72,7 +80,7 @@ _READ_FAILED = {
 
 
 def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFaultError:
-    """Return our error for SQLite's: two codes mean corruption, one a full disk.
+    """Return our error for SQLite's: two codes mean corruption, one a full disk, two a lock.
 
     Running out of file descriptors or a permission error must never be taken for corruption:
     setting a healthy spool aside would be a loss made by ourselves.
@@ -85,6 +93,8 @@ def translated(error: sqlite3.Error, operation: str, path: Path) -> StorageFault
         return CorruptFileError(f"{what}; the file is damaged or not ours", path)
     if primary == sqlite3.SQLITE_FULL:
         return DiskFullError(f"{what}; {_room_at(path.parent)}")
+    if primary in _LOCKED:
+        return FileLockedError(f"{what}; {_who_locks(path)}")
     if code in _READ_FAILED:
         return _unreadable(what, path)
     return StorageFaultError(f"{what}; {_check_the_disk(path)}")
@@ -97,6 +107,22 @@ def _unreadable(what: str, path: Path) -> UnreadableFileError:
         "owner has not met it: supervisorctl restart collector",
         path,
     )
+
+
+def _who_locks(path: Path) -> str:
+    return f"it is locked by {lock_names(path)}; {unlock_remedy(path)}"
+
+
+def lock_names(path: Path) -> str:
+    """Return which processes keep others from writing the database ``path``, for messages."""
+    return "; ".join(map(str, lock_holders(path))) or "a process that /proc/locks does not show"
+
+
+def unlock_remedy(path: Path) -> str:
+    """Return how to end the lock that another process holds on the database ``path``."""
+    if pids := " ".join(str(holder.pid) for holder in lock_holders(path)):
+        return f"end its transaction: COMMIT, or leave the shell, or: kill {pids}"
+    return f"find who has it open, and end the transaction there: fuser -v {path}*"
 
 
 PLENTY_BYTES = 64 * 1024 * 1024

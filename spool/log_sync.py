@@ -12,11 +12,11 @@ no note that a sync has failed: on a disk that fails, a note may be lost as well
 """
 
 import os
-import sqlite3
 from pathlib import Path
 
 from spool.errors import file_fault, read_fault
 from spool.files import SIDE_SUFFIXES
+from spool.locks import OwnerConnection, begin
 
 STEP_BYTES = 1024 * 1024
 
@@ -27,7 +27,7 @@ log this long was kept from a reset by a reader, so its last frames are at its e
 just been reset, so they are at its begin."""
 
 
-def rewrite_log(conn: sqlite3.Connection, path: Path) -> None:
+def rewrite_log(conn: OwnerConnection, path: Path) -> None:
     """Write the log of ``path`` again, byte for byte, and sync it.
 
     Args:
@@ -48,7 +48,7 @@ def rewrite_log(conn: sqlite3.Connection, path: Path) -> None:
         return
     except OSError as error:
         raise file_fault(error, "look for the write-ahead log", path) from error
-    conn.execute("BEGIN IMMEDIATE")
+    begin(conn)
     try:
         _rewrite(log, path)
     except OSError as error:

@@ -16,14 +16,15 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from spool.conditions import Condition, Conditions
-from spool.connection import BUSY_TIMEOUT_S, WAL_KEPT_BYTES
+from spool.connection import WAL_KEPT_BYTES
 from spool.errors import file_fault
 from spool.files import SIDE_SUFFIXES
+from spool.locks import LOCK_STEP_S
+from spool.notices import LogNotice
 from spool.readers import LogReader, log_readers
 
 LOG_PINNED = "log_pinned"
@@ -52,7 +53,7 @@ FULL_REMINDER_S = 60.0
 
 CHECKPOINT_WAIT_S = 0.5
 """How long cutting the log waits for short readers. Above it there is one who stays, and waiting
-for him would stop the owner for BUSY_TIMEOUT_S."""
+for him would stop the owner."""
 
 
 class LogOwner(Protocol):
@@ -68,16 +69,6 @@ class LogOwner(Protocol):
 
     def checkpoint_in_commits(self, *, wanted: bool) -> None:
         """Let SQLite make checkpoints of its own within commits, or not."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogNotice:
-    """What to log."""
-
-    severity: str
-    """A name of logging's levels."""
-    message: str
-    values: dict[str, object] = field(default_factory=dict)
 
 
 def log_bound_bytes(max_bytes: int) -> int:
@@ -298,5 +289,5 @@ def truncate_log(conn: sqlite3.Connection) -> bool:
     try:
         busy, _, _ = conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:
-        conn.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_TIMEOUT_S)}")
+        conn.execute(f"PRAGMA busy_timeout={int(1000 * LOCK_STEP_S)}")
     return not busy

@@ -16,6 +16,8 @@ from sqlite_utils import Database, Migrations
 
 from spool.connection import APPLICATION_ID
 from spool.errors import SpoolError
+from spool.locks import OwnerConnection, begin, commit
+from spool.shown import with_shown_texts
 from spool.writer import SpoolWriter
 
 
@@ -36,7 +38,7 @@ def _statements(script: str) -> Iterator[str]:
 
 def _run_script(db: Database, name: str, version: int) -> None:
     script = files("spool.schema").joinpath(name).read_text(encoding="utf-8")
-    for statement in _statements(script):
+    for statement in _statements(with_shown_texts(script)):
         db.conn.execute(statement)
     db.conn.execute(f"PRAGMA application_id={APPLICATION_ID}")
     db.conn.execute(f"PRAGMA user_version={version}")
@@ -87,7 +89,7 @@ def _sink_5(db: Database) -> None:
 
 
 def migrate(
-    conn: sqlite3.Connection,
+    conn: OwnerConnection,
     migrations: Migrations,
     initialise: Callable[[sqlite3.Connection], None],
 ) -> None:
@@ -97,14 +99,14 @@ def migrate(
     can leave a file of the right format without it.
     """
     db = Database(conn, execute_plugins=False)
-    conn.execute("BEGIN IMMEDIATE")
+    begin(conn)
     try:
         migrations.apply(db)
         initialise(conn)
     except BaseException:
         conn.rollback()
         raise
-    conn.execute("COMMIT")
+    commit(conn)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from spool.connection import WAL_CHECKPOINT_PAGES, format_version, open_owner
 from spool.dead_letters import DEAD_LETTER_MAX_BYTES, DeadLetter, DeadLetters
 from spool.errors import NewerFormatError, translated
 from spool.files import sink_path
+from spool.locks import LockWait, OwnerConnection, begin, commit, vacuum_step
 from spool.logwatch import restart_log, wal_bytes
 from spool.sinkrecovery import Restored, refuse_emptied, restore
 
@@ -70,7 +71,7 @@ class SinkState:
 
     def __init__(
         self,
-        conn: sqlite3.Connection,
+        conn: OwnerConnection,
         path: Path,
         restored: Restored | None = None,
         dead_letter_max_bytes: int = DEAD_LETTER_MAX_BYTES,
@@ -88,7 +89,11 @@ class SinkState:
 
     @classmethod
     def open(
-        cls, directory: Path, sink: str, dead_letter_max_bytes: int = DEAD_LETTER_MAX_BYTES
+        cls,
+        directory: Path,
+        sink: str,
+        dead_letter_max_bytes: int = DEAD_LETTER_MAX_BYTES,
+        lock_wait: LockWait | None = None,
     ) -> "SinkState":
         """Open the file of ``sink`` in ``directory``; make it where it is missing.
 
@@ -96,6 +101,7 @@ class SinkState:
             directory: SPOOL_DIR.
             sink: Its name.
             dead_letter_max_bytes: DEAD_LETTER_MAX_BYTES.
+            lock_wait: See :func:`spool.connection.open_owner`.
 
         Raises:
             StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
@@ -103,7 +109,7 @@ class SinkState:
         """
         path = sink_path(directory, sink)
         refuse_emptied(directory, sink)
-        conn = open_owner(path)
+        conn = open_owner(path, lock_wait=lock_wait)
         restored: Restored | None = None
 
         def initialise(conn: sqlite3.Connection) -> None:
@@ -140,9 +146,9 @@ class SinkState:
     def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
         """Give out the connection within one transaction; durable when the block has ended."""
         try:
-            self._conn.execute("BEGIN IMMEDIATE")
+            begin(self._conn)
             yield self._conn
-            self._conn.execute("COMMIT")
+            commit(self._conn)
         except sqlite3.Error as error:
             if self._conn.in_transaction:
                 self._conn.rollback()
@@ -244,8 +250,7 @@ class SinkState:
         try:
             (free,) = self._conn.execute("PRAGMA freelist_count").fetchone()
             for _ in range(0, free, RETURN_STEP_PAGES):
-                # It frees one page a step, and execute() makes one step only where no columns come.
-                self._conn.executescript(f"PRAGMA incremental_vacuum({RETURN_STEP_PAGES})")
+                vacuum_step(self._conn, RETURN_STEP_PAGES)
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error
 

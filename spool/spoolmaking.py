@@ -1,28 +1,15 @@
-"""What makes spool.db whole: its tables, its epoch, and the bell that tells of new rows."""
+"""What makes spool.db whole: its tables and its epoch."""
 
 import sqlite3
 import time
 import uuid
 from pathlib import Path
 
-from spool.bell import Bell
 from spool.errors import file_fault
-from spool.files import spool_path
+from spool.locks import OwnerConnection
 
 
-def open_bell(directory: Path) -> Bell:
-    """Return the bell that tells of new rows.
-
-    Raises:
-        StorageFaultError: It cannot be made.
-    """
-    try:
-        return Bell.open(directory)
-    except OSError as error:
-        raise file_fault(error, "open the bell", spool_path(directory)) from error
-
-
-def migrate_spool(conn: sqlite3.Connection, path: Path) -> None:
+def migrate_spool(conn: OwnerConnection, path: Path) -> None:
     """Bring the file to the current format; give a new one its epoch.
 
     Raises:

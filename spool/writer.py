@@ -1,14 +1,13 @@
 """The collector's side of spool.db: it inserts, counts and deletes; nobody else writes."""
 
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spool.beat import COLLECTOR_LIMIT_S, OwnerBeat
-from spool.bell import Bell
+from spool.bell import Bell, open_bell
 from spool.brokerlink import LinkState
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import format_version, open_owner, refuse_orphaned_log
@@ -24,13 +23,11 @@ from spool.insertion import (
     insert_rejections,
     trim_rejections,
 )
+from spool.locks import LockWait, OwnerConnection, begin, commit, vacuum_step
 from spool.logwatch import restart_log, truncate_log, wal_bytes
 from spool.progress import SET_PROGRESS, SinkProgress
 from spool.records import PAYLOAD, NewReading, Rejection
-from spool.spoolmaking import migrate_spool, open_bell
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from spool.spoolmaking import migrate_spool
 
 SPOOL_FORMAT = 3
 
@@ -59,11 +56,13 @@ class SpoolWriter:
     before relying on anything.
     """
 
-    def __init__(self, conn: sqlite3.Connection, path: Path, bell: Bell, *, created: bool) -> None:
+    def __init__(self, conn: OwnerConnection, path: Path, bell: Bell, *, created: bool) -> None:
         self._conn = conn
         self._bell = bell
         self._along: tuple[int, int] | None = None
         self.path = path
+        self.lock_wait = conn.lock_wait
+        """How the lock of another process is waited for."""
         self.created = created
         """Whether this opening made the file (and its epoch)."""
         (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
@@ -78,17 +77,20 @@ class SpoolWriter:
         self._conditions = load_conditions(conn)
         self._sink_conditions: list[tuple[object, ...]] | None = None
         self.beat = OwnerBeat(self._transaction, COLLECTOR_LIMIT_S)
-        """The collector's sign of life; goes along with each snapshot of the sinks."""
+        """The collector's sign of life."""
         self.rejected_max_bytes = REJECTED_KEPT_BYTES
         """The limit of the ring of rejected messages from the next append on."""
 
     @classmethod
-    def open(cls, directory: Path, *, synced: bool = False) -> "SpoolWriter":
+    def open(
+        cls, directory: Path, *, synced: bool = False, lock_wait: LockWait | None = None
+    ) -> "SpoolWriter":
         """Open the spool in ``directory``; make a new one, with a new epoch, if there is none.
 
         Args:
             directory: SPOOL_DIR.
             synced: See :func:`spool.connection.open_owner`.
+            lock_wait: See there.
 
         Raises:
             StorageFaultError: It cannot be opened; CorruptFileError if it is damaged.
@@ -99,7 +101,7 @@ class SpoolWriter:
         # Before the database: whoever can read a row can also listen.
         bell = open_bell(directory)
         try:
-            conn = open_owner(path, synced=synced)
+            conn = open_owner(path, synced=synced, lock_wait=lock_wait)
         except BaseException:
             bell.close()
             raise
@@ -133,10 +135,9 @@ class SpoolWriter:
     @contextmanager
     def _transaction(self, operation: str) -> "Iterator[sqlite3.Connection]":
         try:
-            # IMMEDIATE: a transaction that reads and then writes could otherwise fail at once.
-            self._conn.execute("BEGIN IMMEDIATE")
+            begin(self._conn)
             yield self._conn
-            self._conn.execute("COMMIT")
+            commit(self._conn)
             self._log_pages += PAGES_OF_A_COMMIT
         except sqlite3.Error as error:
             self._roll_back()
@@ -202,7 +203,7 @@ class SpoolWriter:
             self._bell.ring()
 
     def write_progress(self, progress: Sequence[SinkProgress]) -> None:
-        """Store a snapshot of the sinks' positions, and a sign of life."""
+        """Store a snapshot of the sinks, and a sign of life."""
         with self._transaction("store the sinks' progress") as conn:
             self._set_progress(conn, progress)
 
@@ -345,9 +346,7 @@ class SpoolWriter:
     def return_space(self, max_bytes: int) -> None:
         """Hand up to ``max_bytes`` of free pages back to the file system."""
         try:
-            pages = max(1, max_bytes // self._page_bytes)
-            # It frees one page a step, and execute() makes one step only where no columns come.
-            self._conn.executescript(f"PRAGMA incremental_vacuum({pages})")
+            vacuum_step(self._conn, pages := max(1, max_bytes // self._page_bytes))
             self._log_pages += pages // 8  # it writes what points to them
         except sqlite3.Error as error:
             raise translated(error, "return free pages", self.path) from error

@@ -1,6 +1,5 @@
 """Dead letters are counted in the transaction that keeps them; only an operator deletes them."""
 
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +11,7 @@ from sqlite_utils import Database, Migrations
 
 from spool import DeadLetter, Gap, Settlement, SinkState, StorageFaultError, sink_path
 from spool import dead_letters as module
+from spool.connection import open_owner
 from spool.dead_letters import DETAIL_MAX_CHARS, DISCARD_STEP_ROWS
 from spool.migrations import _run_script, migrate
 from spool.sinkstate import GAP_ROWS_MAX, SINK_FORMAT
@@ -102,7 +102,7 @@ def test_they_are_counted_across_a_kill_and_never_by_reading_them(tmp_path: Path
 
 def test_a_file_of_an_older_format_is_counted_once(tmp_path: Path) -> None:
     path = sink_path(tmp_path, "bigquery")
-    conn = sqlite3.connect(path, isolation_level=None)
+    conn = open_owner(path)
     migrate(conn, second_format, lambda _: None)
     values = [
         (0, "invalid", "détail", EPOCH, *row(seq)) for seq in range(1, 301)

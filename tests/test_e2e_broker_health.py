@@ -17,7 +17,10 @@ def health(rig: Rig) -> dict[str, dict[str, str]]:
     """Return the rows that the operator sees, by name; none before the file is there."""
     if not rig.books.rows("spool", "SELECT 1 FROM meta"):
         return {}
-    return {row["name"]: row for row in rig.books.as_operator("select * from health where subject = 'broker'")}
+    return {
+        row["name"]: row
+        for row in rig.books.as_operator("select * from health where subject = 'broker'")
+    }
 
 
 def wait_for_row(rig: Rig, name: str) -> dict[str, str]:

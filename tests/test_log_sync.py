@@ -140,7 +140,7 @@ def test_no_connection_can_append_while_the_log_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live(tmp_path, "pubsub", OPEN + CHANGE)
-    monkeypatch.setattr("spool.connection.BUSY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("spool.locks.PATIENCE_S", 0.0)
     other = SinkState.open(tmp_path, "pubsub")
     seen = []
 

@@ -24,6 +24,7 @@ from spool import (
     spool_path,
 )
 from spool.connection import APPLICATION_ID
+from spool.locks import LOCK_STEP_S
 from spool.logwatch import CHECKPOINT_WAIT_S, COSTLY_TRY_SHARE, FULL_REMINDER_S, LOOK_INTERVAL_S
 from spool.readers import LogReader, log_readers
 from spool.sinkstate import SINK_FORMAT
@@ -241,7 +242,7 @@ def test_cutting_the_log_does_not_wait_for_a_reader_that_stays(writer: SpoolWrit
         assert not writer.checkpoint()
         assert time.monotonic() - begun < CHECKPOINT_WAIT_S + 2.0
         (timeout_ms,) = writer._conn.execute("PRAGMA busy_timeout").fetchone()  # noqa: SLF001 - see above
-        assert timeout_ms == 10_000
+        assert timeout_ms == 1000 * LOCK_STEP_S
     assert writer.checkpoint()
 
 

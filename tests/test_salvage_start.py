@@ -265,7 +265,7 @@ def test_a_read_error_that_passes_at_the_start_sets_nothing_aside(
     real = SpoolWriter.open
     errors = [CorruptFileError("EIO", spool_path(start.directory))]
 
-    def failing_once(directory: Path) -> SpoolWriter:
+    def failing_once(directory: Path, **_: object) -> SpoolWriter:
         if errors:
             raise errors.pop()
         return real(directory)
@@ -343,7 +343,7 @@ def test_a_spool_that_cannot_be_opened_is_not_set_aside(
 ) -> None:
     start.fill()
 
-    def failing(_: Path) -> SpoolWriter:
+    def failing(_: Path, **_options: object) -> SpoolWriter:
         raise error
 
     monkeypatch.setattr(SpoolWriter, "open", failing)

@@ -25,6 +25,7 @@ from spool import (
     presentable,
     sink_path,
 )
+from spool.connection import open_owner
 from spool.migrations import _run_script, migrate
 from spool.sinkstate import SINK_FORMAT
 from tests.test_spool_writer import edit, look, new_reading
@@ -158,7 +159,7 @@ def test_a_status_keeps_since_when_it_holds(state: SinkState) -> None:
 
 def test_a_file_of_the_first_format_is_migrated_and_keeps_what_it_has(tmp_path: Path) -> None:
     path = sink_path(tmp_path, "bigquery")
-    conn = sqlite3.connect(path, isolation_level=None)
+    conn = open_owner(path)
     migrate(conn, first_format, lambda _: None)
     conn.close()
     edit(path, "INSERT INTO cursor VALUES (1, 'an-epoch', 7, 0)")
@@ -171,7 +172,7 @@ def test_a_file_of_the_first_format_is_migrated_and_keeps_what_it_has(tmp_path: 
 
 def test_a_file_of_format_2_is_migrated_with_all_that_it_holds(tmp_path: Path) -> None:
     path = sink_path(tmp_path, "pubsub")
-    conn = sqlite3.connect(path, isolation_level=None)
+    conn = open_owner(path)
     migrate(conn, second_format, lambda _: None)
     conn.close()
     edit(path, "INSERT INTO cursor VALUES (1, 'an-epoch', 7, 0)")

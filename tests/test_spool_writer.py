@@ -28,6 +28,7 @@ from spool import (
     row_crc,
     spool_path,
 )
+from spool.connection import open_owner
 from spool.migrations import migrate, spool_migrations
 from spool.writer import SPOOL_FORMAT
 
@@ -209,7 +210,7 @@ def test_a_zero_length_file_becomes_a_spool_and_is_no_spool_to_a_reader(tmp_path
 
 def test_a_crash_within_the_making_leaves_nothing_half_made(tmp_path: Path) -> None:
     path = spool_path(tmp_path)
-    conn = sqlite3.connect(path, isolation_level=None)
+    conn = open_owner(path)
 
     def power_cut(_: sqlite3.Connection) -> None:
         raise KeyboardInterrupt

@@ -290,7 +290,7 @@ def test_a_stop_while_not_even_opening_finds_room_is_clean(
     assert d.acked == []
     assert d.rows() == []
     assert d.store.failure is None
-    assert book.levels("ends while the disk is full") == ["WARNING"]
+    assert book.levels("ends while nothing can be written") == ["WARNING"]
 
 
 def test_after_a_full_disk_the_log_begins_anew(
