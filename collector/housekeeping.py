@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from lifecycle import fields, log_notice
+from lifecycle import RateLimitedLog, fields, log_notice
 from spool import (
     SALVAGE_STEP_BYTES,
     SPOOL_DAMAGED,
@@ -93,6 +93,7 @@ class Housekeeping:
         self.conditions = conditions or Conditions(clock)
         """What the spool's view ``health`` shows."""
         self._clock = clock
+        self._notices = RateLimitedLog(log, clock)
         self._now_us = now_us
         self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
         self._stored: list[SinkProgress] = []
@@ -138,6 +139,7 @@ class Housekeeping:
             self._ballast_at = now
             self._ballast.take()
         self.conditions.store(writer)
+        self._notices.flush()
 
     def look_at_log(self, writer: SpoolWriter) -> None:
         """Work the write-ahead log off if it is long, and tell where a reader pins it.
@@ -177,8 +179,10 @@ class Housekeeping:
 
     def snapshot(self, writer: SpoolWriter) -> None:
         """Store the sinks' positions now, as the last thing before the end."""
+        self._notices.flush(at_end=True)
         self._read_progress(self._clock())
         writer.write_progress(self._progress)
+        writer.set_conditions(())  # who does not run sees nothing
 
     def progress_if_due(self) -> list[SinkProgress]:
         """Return the progress that the next transaction should store; empty if none is due."""
@@ -253,9 +257,13 @@ class Housekeeping:
             return False
         dropped = self._retention.drop_step(writer, self._progress)
         if dropped:
-            log.error(
+            self._notices.log(
+                logging.ERROR,
+                "readings were dropped undelivered",
                 "SPOOL_FULL_POLICY=drop-oldest: readings were dropped undelivered",
-                extra=fields(rows=dropped, total=writer.counter("dropped")),
+                count=dropped,
+                rows=dropped,
+                total=writer.counter("dropped"),
             )
         return bool(dropped)
 

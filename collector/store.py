@@ -140,9 +140,9 @@ class Store:
             self._stop.request("the writer thread failed")
 
     def _farewell(self) -> None:
+        self._notices.flush(at_end=True)
         try:
             self._house.snapshot(self._writer)
-            self._writer.set_conditions(())  # who does not run sees nothing
             self._writer.checkpoint()
         except SpoolError as error:
             # Everything acknowledged is durable without it; the next start does it.

@@ -151,6 +151,7 @@ class Drain:
             with contextlib.suppress(SpoolError):
                 self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
             raise
+        self._batches.flush_notices(at_end=True)
         self._batches.set_status("stopped", self._stop.reason)
         if self._log_hold is not None:
             self._log_hold.close()
@@ -163,7 +164,7 @@ class Drain:
         checked_at = float("-inf")
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
-            self._letters.flush()
+            self._batches.flush_notices()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -206,7 +207,9 @@ class Drain:
         try:
             reader = SpoolReader.open(self._directory)
         except (FileMissingError, FileLockedError) as error:
-            log.info("waiting for the spool: %s", error)
+            self._batches.notices.log(
+                logging.INFO, "waiting for the spool", f"waiting for the spool: {error}"
+            )
             return
         self._reader = reader
         self._listen(reader)
@@ -244,7 +247,7 @@ class Drain:
         first = reader.environment_from()
         if self._position < first:
             gap = Gap(self._position + 1, first, "taken and delivered under another APP_ENV")
-            log_gaps(self._sink.name, [gap])
+            log_gaps(self._batches.notices, self._sink.name, [gap])
             self._batches.settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
             self._position = first
 
@@ -324,6 +327,6 @@ class Drain:
             reader.check_position(self._position)
         if self._position < last and not reader.read_after(self._position, 1, 1):
             gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
-            log_gaps(self._sink.name, [gap])
+            log_gaps(self._batches.notices, self._sink.name, [gap])
             self._batches.settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
             self._position = last
