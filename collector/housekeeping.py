@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from collector.clockwatch import ClockWatch
 from collector.diskhealth import DiskHealth
-from lifecycle import fields, log_notice
+from lifecycle import RateLimitedLog, fields, log_notice
 from spool import (
     BEAT_S,
     SALVAGE_STEP_BYTES,
@@ -105,6 +105,7 @@ class Housekeeping:
         self._clock_watch = clock_watch
         self._disk = DiskHealth(self.conditions, ballast, STANDS_STILL, clock)
         self._clock = clock
+        self._notices = RateLimitedLog(log, clock)
         self._now_us = now_us
         self._progress: list[SinkProgress] = [sink.read() for sink in sinks]
         self._stored: list[SinkProgress] = []
@@ -158,6 +159,7 @@ class Housekeeping:
         if self._link is not None:
             self._link.store(writer)
         self.conditions.store(writer)
+        self._notices.flush()
 
     def look_at_log(self, writer: SpoolWriter) -> None:
         """Work the write-ahead log off if it is long, and tell where a reader pins it.
@@ -214,6 +216,7 @@ class Housekeeping:
 
     def end(self, writer: SpoolWriter, why: str) -> None:
         """Store the sinks' positions, and that the collector ends in order: the last thing."""
+        self._notices.flush(at_end=True)
         self.snapshot(writer)
         if self._link is not None:
             self._link.down("the collector was stopped")
@@ -294,9 +297,13 @@ class Housekeeping:
             return False
         dropped = self._retention.drop_step(writer, self._progress)
         if dropped:
-            log.error(
+            self._notices.log(
+                logging.ERROR,
+                "readings were dropped undelivered",
                 "SPOOL_FULL_POLICY=drop-oldest: readings were dropped undelivered",
-                extra=fields(rows=dropped, total=writer.counter("dropped")),
+                count=dropped,
+                rows=dropped,
+                total=writer.counter("dropped"),
             )
         return bool(dropped)
 

@@ -129,6 +129,7 @@ class Store:
             self._stop.request("the writer thread failed")
 
     def _farewell(self) -> None:
+        self._notices.flush(at_end=True)
         try:
             self._house.end(self._writer, self._stop.reason)
             self._writer.checkpoint()

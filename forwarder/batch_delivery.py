@@ -16,7 +16,7 @@ from forwarder.gaplog import log_gaps
 from forwarder.loghold import LogHold
 from forwarder.lookahead import Lookahead, probe_wait_s
 from forwarder.sink import Delivery, Fault, FaultKind, NoticingSink, Sink
-from lifecycle import StopRequest, Watchdog, fields, printable
+from lifecycle import RateLimitedLog, StopRequest, Watchdog, fields, printable
 from spool import (
     AheadStep,
     DiskFullError,
@@ -77,6 +77,8 @@ class BatchDelivery:
         self._noticing = sink if isinstance(sink, NoticingSink) else None
         self._lookahead = Lookahead(sink.max_rows, sink.max_bytes)
         self.letters = DeadLetterWatch(sink.name, state, clock)
+        self.notices = RateLimitedLog(log, clock)
+        """What each batch may give reason to say."""
         self.position = 0
         """The last seq that is settled."""
 
@@ -145,7 +147,7 @@ class BatchDelivery:
         """Add rows to the batch; return those to be delivered."""
         after_seq = batch.rows[-1][0] if batch.rows else self.position
         gaps = find_gaps(after_seq, checked.rows, reader.dropped_through())
-        log_gaps(self._sink.name, gaps)
+        log_gaps(self.notices, self._sink.name, gaps)
         dead = [corrupt(row) for row in checked.damaged]
         self.letters.report(dead)
         batch.add(checked.rows, gaps, dead)
@@ -207,6 +209,11 @@ class BatchDelivery:
             self._watchdog.beat(LOOP)
             self._stop.wait(left_s)
         return self._stop.requested
+
+    def flush_notices(self, *, at_end: bool = False) -> None:
+        """Log how many there were of what is told once a minute; at the end, in any case."""
+        self.letters.flush(at_end=at_end)
+        self.notices.flush(at_end=at_end)
 
     def notice(self) -> str:
         """Return what an operator has to know although it delivers."""

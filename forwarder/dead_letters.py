@@ -50,9 +50,9 @@ class DeadLetterWatch:
                 look=_ALL,
             )
 
-    def flush(self) -> None:
-        """Log how many there were since the last line, once it is old enough."""
-        self._log.flush()
+    def flush(self, *, at_end: bool = False) -> None:
+        """Log how many there were since the last line, once it is old enough, or at the end."""
+        self._log.flush(at_end=at_end)
 
     def notice(self) -> str:
         """Return what belongs into the status while delivery goes on; warn where it is new.

@@ -160,6 +160,7 @@ class Drain:
                 self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
                 self._state.beat.end("failed", str(error) or type(error).__name__)
             raise
+        self._batches.flush_notices(at_end=True)
         self._batches.set_status("stopped", self._stop.reason)
         with contextlib.suppress(DiskFullError):
             self._state.beat.end("stopped", self._stop.reason)
@@ -174,7 +175,7 @@ class Drain:
         checked_at = float("-inf")
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
-            self._letters.flush()
+            self._batches.flush_notices()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -221,7 +222,9 @@ class Drain:
         try:
             reader = SpoolReader.open(self._directory)
         except (FileMissingError, FileLockedError) as error:
-            log.info("waiting for the spool: %s", error)
+            self._batches.notices.log(
+                logging.INFO, "waiting for the spool", f"waiting for the spool: {error}"
+            )
             return
         self._reader = reader
         self._listen(reader)
@@ -259,7 +262,7 @@ class Drain:
         first = reader.environment_from()
         if self._position < first:
             gap = Gap(self._position + 1, first, "taken and delivered under another APP_ENV")
-            log_gaps(self._sink.name, [gap])
+            log_gaps(self._batches.notices, self._sink.name, [gap])
             self._batches.settle_durably(Settlement(reader.epoch, first, gaps=[gap]))
             self._position = first
 
@@ -340,6 +343,6 @@ class Drain:
             reader.check_position(self._position)
         if self._position < last and not reader.read_after(self._position, 1, 1):
             gap = Gap(self._position + 1, last, "left the spool before this sink saw them")
-            log_gaps(self._sink.name, [gap])
+            log_gaps(self._batches.notices, self._sink.name, [gap])
             self._batches.settle_durably(Settlement(reader.epoch, last, gaps=[gap]))
             self._position = last

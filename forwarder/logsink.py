@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from forwarder.event import kpi_event
 from forwarder.sink import Delivery
-from lifecycle import fields
+from lifecycle import unlimited
 from spool import Reading
 
 log = logging.getLogger("forwarder.event")
@@ -27,7 +27,7 @@ class LogSink:
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Log each row. A line that was written counts as delivered."""
         for row in rows:
-            log.info("event", extra=fields(sink=self.name, seq=row[0], event=_event(row)))
+            log.info("event", extra=unlimited(sink=self.name, seq=row[0], event=_event(row)))
         return Delivery()
 
     def close(self) -> None:

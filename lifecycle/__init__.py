@@ -9,7 +9,7 @@ from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
 from lifecycle.identity import Identity, SessionId, read_identity, write_identity
 from lifecycle.instance import AlreadyRunningError, InstanceLock
-from lifecycle.logs import configure_logging, fields, log_notice, printable
+from lifecycle.logs import configure_logging, fields, log_notice, printable, unlimited
 from lifecycle.program import Program, leave, run
 from lifecycle.rate_limited_log import RateLimitedLog
 from lifecycle.settings import SINKS, Settings, SettingsError, load_settings
@@ -42,5 +42,6 @@ __all__ = [
     "read_identity",
     "run",
     "tell_version",
+    "unlimited",
     "write_identity",
 ]

@@ -7,10 +7,14 @@ log file as a control character: JSON is written in ASCII only, text is escaped.
 import io
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from typing import Protocol, TextIO
+
+from lifecycle.flood import UNLIMITED, BoundedHandler
+
+TEXT_MAX_CHARS = 8_192
+"""Of a message or a field: a topic may have 64 KiB, and a service's answer megabytes."""
 
 _SEVERITIES = {"WARN": "WARNING", "FATAL": "CRITICAL"}
 
@@ -23,6 +27,18 @@ def printable(text: str) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in text
     )
+
+
+def _cut(value: object) -> object:
+    """Return a field's value; of a text that is too long the beginning, and how long it is."""
+    if isinstance(value, str) and len(value) > TEXT_MAX_CHARS:
+        return f"{value[:TEXT_MAX_CHARS]}... ({len(value)} characters)"
+    return value
+
+
+def unlimited(**values: object) -> dict[str, object]:
+    """Return :func:`fields` for a line that is bounded elsewhere (:mod:`lifecycle.flood`)."""
+    return {**fields(**values), UNLIMITED: True}
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
@@ -72,11 +88,12 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, object] = {
             "time": _time(record),
             "severity": _SEVERITIES.get(record.levelname, record.levelname),
-            "message": record.getMessage(),
+            "message": _cut(record.getMessage()),
             "role": self._role,
             "logger": record.name,
         }
-        line.update(getattr(record, "fields", {}))
+        values: dict[str, object] = getattr(record, "fields", {})
+        line.update({name: _cut(value) for name, value in values.items()})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         try:
@@ -96,10 +113,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; a traceback follows on lines of its own."""
         extra = getattr(record, "fields", {})
-        tail = "".join(f" {key}={printable(str(value))}" for key, value in extra.items())
+        tail = "".join(f" {key}={printable(str(_cut(value)))}" for key, value in extra.items())
         text = (
             f"{_time(record)} {record.levelname} {self._role}: "
-            f"{printable(record.getMessage())}{tail}"
+            f"{printable(str(_cut(record.getMessage())))}{tail}"
         )
         if record.exc_info:
             trace = self.formatException(record.exc_info)
@@ -111,7 +128,7 @@ def configure_logging(
     role: str, level: str = "INFO", form: str = "json", stream: TextIO | None = None
 ) -> None:
     """Send all log records to ``stream`` (standard output) in the given form."""
-    handler = logging.StreamHandler(stream or sys.stdout)
+    handler = BoundedHandler(stream)
     if isinstance(handler.stream, io.TextIOWrapper):
         # Where the locale is not UTF-8, a line is escaped rather than lost.
         handler.stream.reconfigure(errors="backslashreplace")

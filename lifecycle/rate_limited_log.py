@@ -4,10 +4,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from lifecycle.logs import fields
+from lifecycle.logs import unlimited
 
 INTERVAL_S = 60.0
-KEYS_MAX = 200
+KEYS_MAX = 50
 """How many kinds are told apart at a time."""
 
 
@@ -21,17 +21,18 @@ class RateLimitedLog:
         self._more: dict[str, int] = {}
         self._level: dict[str, int] = {}
 
-    def warn(self, key: str, message: str, **values: object) -> None:
+    def warn(self, key: str, message: str, *, count: int = 1, **values: object) -> None:
         """Log a WARNING; see :meth:`log`."""
-        self.log(logging.WARNING, key, message, **values)
+        self.log(logging.WARNING, key, message, count=count, **values)
 
-    def log(self, level: int, key: str, message: str, **values: object) -> None:
+    def log(self, level: int, key: str, message: str, *, count: int = 1, **values: object) -> None:
         """Log ``message``, unless a line with this key was logged within the interval.
 
         Args:
             level: Of the line, and of the one that tells how many more there were.
             key: What counts as the same.
             message: The line.
+            count: For how many things it stands.
             values: Its fields.
         """
         now = self._clock()
@@ -39,25 +40,25 @@ class RateLimitedLog:
             key = "other"
         last = self._last.get(key)
         if last is not None and now - last < INTERVAL_S:
-            self._more[key] = self._more.get(key, 0) + 1
+            self._more[key] = self._more.get(key, 0) + count
             self._level[key] = level
             return
         self._last[key] = now
         more = self._more.pop(key, 0)
         if more:
             values["more_since_last_line"] = more
-        self._log.log(level, message, extra=fields(**values))
+        self._log.log(level, message, extra=unlimited(**values))
 
-    def flush(self) -> None:
-        """Tell of what was held back for longer than the interval."""
+    def flush(self, *, at_end: bool = False) -> None:
+        """Tell of what was held back for longer than the interval; at the end, of all."""
         now = self._clock()
         for key, count in list(self._more.items()):
-            if now - self._last[key] >= INTERVAL_S:
+            if at_end or now - self._last[key] >= INTERVAL_S:
                 self._last[key] = now
                 del self._more[key]
                 self._log.log(
                     self._level[key],
                     "the same again: %s",
                     key,
-                    extra=fields(more_since_last_line=count),
+                    extra=unlimited(more_since_last_line=count),
                 )

@@ -186,7 +186,7 @@ def test_a_service_that_talks_too_much_is_cut_short(state: SinkState) -> None:
     state.settle(Settlement(EPOCH, 1, 0, [DeadLetter(row(1), "invalid", "x" * 10**6)]))
     ((detail,),) = look(state.path, "SELECT detail FROM dead_letters")
     assert len(str(detail)) == DETAIL_MAX_CHARS
-    assert str(detail).endswith("x…")
+    assert str(detail).endswith("x...")
 
 
 def test_the_oldest_gaps_give_way_and_their_sum_stays(state: SinkState) -> None:

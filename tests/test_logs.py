@@ -179,7 +179,7 @@ import logging, sys
 from lifecycle import configure_logging
 configure_logging("r", "INFO", sys.argv[1])
 for n in range(20_000):
-    logging.getLogger("x").info("line %d \\u00e9 \\u4e2d", n)
+    logging.getLogger("x").info("line %d \\u00e9 \\u4e2d", n, extra={"unlimited": True})
 sys.stderr.write("survived\\n")
 from lifecycle import ExitCode, leave
 leave(ExitCode.CLEAN)
