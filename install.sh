@@ -270,6 +270,8 @@ install_all() {
   require_space "$PREFIX" "$INSTALL_MIN_MIB"
   require_space "$SPOOL" "$INSTALL_MIN_MIB"
   [ -e "$SOURCE/collector" ] || die "$SOURCE does not hold the programs." "Run it from a full checkout."
+  # shellcheck source=deploy/mosquitto-setup.sh
+  . "$SOURCE/deploy/mosquitto-setup.sh"
   exec 9>/run/lock/sluice-install.lock
   flock -n 9 || die "another install.sh is running." "Wait for it to end."
   # From here on nothing depends on where it was called.
@@ -277,7 +279,7 @@ install_all() {
 
   step "Packages"
   local packages=(python3 python3-venv sqlite3 procps)
-  if ! own_broker_given; then packages+=(mosquitto); fi
+  if mosquitto_wanted; then packages+=(mosquitto); fi
   apt_install "${packages[@]}"
 
   step "User, directories, settings"
@@ -414,76 +416,6 @@ write_wrapper() {
     "$PREFIX/venv/bin/supervisorctl" "$PREFIX/supervisord.conf" >"$WRAPPER"
   chmod 755 "$WRAPPER"
 }
-
-# -------------------------------------------------------------------- Mosquitto
-
-set_up_mosquitto() {
-  local changed=no
-  if foreign_mosquitto_settings; then
-    say "Mosquitto has settings of its own in /etc/mosquitto/conf.d: they stay as they are."
-    say "Compare them with $SOURCE/deploy/mosquitto.conf (persistence, limits)."
-  elif cmp -s "$DROP_IN" "$SOURCE/deploy/mosquitto.conf"; then
-    :
-  elif [ -e "$DROP_IN" ] && ! cmp -s "$DROP_IN" "$PREFIX/app/deploy/mosquitto.conf"; then
-    say "$DROP_IN was edited here: it stays as it is."
-  else
-    install -m 0644 "$SOURCE/deploy/mosquitto.conf" "$DROP_IN"
-    changed=yes
-  fi
-  if grep -qsE '^[[:space:]]*per_listener_settings[[:space:]]+true' \
-    /etc/mosquitto/mosquitto.conf /etc/mosquitto/conf.d/*.conf; then
-    warn "per_listener_settings is true. With Mosquitto 2.0.12 and later (2.0.11 is not" \
-      "affected) what it queues for Sluice while Sluice is away never comes." \
-      "Change to one of the two recipes in $SOURCE/deploy/mosquitto.conf."
-  fi
-  if [ "$changed" = yes ] || ! broker_answers; then restart_mosquitto; fi
-  local port
-  port=$(setting MQTT_PORT)
-  wait_until 10 broker_answers || die "Mosquitto does not answer on port ${port:-1883}." \
-    "Its reason: tail /var/log/mosquitto/mosquitto.log" \
-    "Another program on that port? ss -ltnp 'sport = :${port:-1883}'"
-  say "Mosquitto answers on 127.0.0.1:${port:-1883}"
-}
-
-# Settings that are neither ours nor absent.
-foreign_mosquitto_settings() {
-  local file
-  for file in /etc/mosquitto/conf.d/*.conf; do
-    [ ! -e "$file" ] || [ "$file" = "$DROP_IN" ] || return 0
-  done
-  return 1
-}
-
-broker_answers() {
-  local port
-  port=$(setting MQTT_PORT)
-  (exec 3<>"/dev/tcp/127.0.0.1/${port:-1883}") 2>/dev/null
-}
-
-restart_mosquitto() {
-  if systemd_runs; then
-    quietly systemctl enable mosquitto || true
-    quietly systemctl restart mosquitto ||
-      die_of_command "Mosquitto does not start" "Its reason: journalctl -u mosquitto -n 20"
-    return
-  fi
-  # It saves its queue before it ends; only then may the next one read it.
-  pkill -TERM -u mosquitto -x mosquitto || true
-  wait_until 15 mosquitto_stopped || die "the running Mosquitto does not stop." \
-    "Stop it by hand (pgrep -a mosquitto), then run this again."
-  # Not the init script: it writes, as root, the pid file that Mosquitto then cannot
-  # write, and Mosquitto ends. The directory is the unit's business otherwise.
-  install -d -m 0755 -o mosquitto -g mosquitto /run/mosquitto
-  rm -f /run/mosquitto/mosquitto.pid
-  # By its pid file: another Mosquitto on this machine (a demo's) is not this one.
-  start-stop-daemon --start --quiet --background --pidfile /run/mosquitto/mosquitto.pid \
-    --exec /usr/sbin/mosquitto -- \
-    -c /etc/mosquitto/mosquitto.conf 9>&- ||
-    die "Mosquitto does not start." "Its reason: tail /var/log/mosquitto/mosquitto.log"
-}
-
-# Not counting the dead that nobody has buried (a container without an init).
-mosquitto_stopped() { ! pgrep --runstates D,R,S,T,t,I -u mosquitto -x mosquitto >/dev/null; }
 
 # ------------------------------------------------------------------------- start
 
