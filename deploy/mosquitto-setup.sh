@@ -200,7 +200,9 @@ leave_plants_broker() { # <signs>
   local port=$BROKER_PORT code
   port=$(broker_port)
   say "The broker on this machine is the plant's own. Nothing of it is changed:"
-  head -n 12 <<<"$1" | sed 's/^/  /'
+  # A bridge's password, or a plugin's, is not for a terminal.
+  head -n 12 <<<"$1" | sed -E 's/^/  /
+    s/:[[:space:]]*((remote_)?password|bridge_psk|(auth|plugin)_opt_[^[:space:]]+)[[:space:]].*/:\1 .../'
   code=$(connect_code "$port")
   case $code in
     0) say "It takes clients without a password on localhost:$port." ;;
@@ -232,16 +234,18 @@ END
   cat <<END
 - So that nothing is lost while Sluice, or the broker, is away, in its own
   configuration (why: $SOURCE/deploy/mosquitto.conf):
-    $(recommended persistence)            keeps sessions and queues over a restart
-    $(recommended autosave_interval)           saves them; default: half an hour is lost
-    $(recommended max_queued_messages) default 1000; what comes beyond is dropped
-    $(recommended max_queued_bytes)  the same, in bytes; its memory: about twice that
-    $(recommended max_inflight_messages)   default 20 makes a slow disk slower still
+$(recommended persistence "keeps what is queued over a restart")
+$(recommended autosave_interval "default 1800: what a kill loses")
+$(recommended max_queued_messages "default 1000; what comes beyond is dropped")
+$(recommended max_queued_bytes "the same in bytes; memory: twice that")
+$(recommended max_inflight_messages "default 20: slow on a slow disk")
 END
 }
 
-# The setting as our own drop-in has it.
-recommended() { grep -E "^$1 " "$SOURCE/deploy/mosquitto.conf"; } # <name>
+# The setting as our own drop-in has it, and why.
+recommended() { # <name> <why>
+  printf '    %-28s %s\n' "$(grep -E "^$1 " "$SOURCE/deploy/mosquitto.conf")" "$2"
+}
 
 # allow_anonymous is that of every listener, unless it is given per listener. Ours is older than
 # the plant's listener then, and sensors may have come to need it, so it is not taken back here.
@@ -410,8 +414,9 @@ start_where_none_answers() { # <how to ask it> <port>
 
 # Restart it, or start it; what it says is in $COMMAND_LOG if that fails.
 restart_mosquitto() {
-  local size
+  local begin size
   quietly true # the file
+  begin=$(date +%s)
   size=$(stat -c %s "$MOSQUITTO_LOG" 2>/dev/null || say 0)
   if systemd_runs; then
     systemctl --quiet enable mosquitto 2>/dev/null || true
@@ -422,10 +427,12 @@ restart_mosquitto() {
     start_mosquitto_alone || return 1
   fi
   wait_until "$BROKER_START_S" restart_is_decided || true
-  [ ! -r "$MOSQUITTO_LOG" ] || tail -c "+$((size + 1))" "$MOSQUITTO_LOG" >>"$COMMAND_LOG"
   if systemd_runs; then
-    journalctl -u mosquitto -n 20 -o cat --no-pager >>"$COMMAND_LOG" 2>/dev/null || true
+    # What it says before it has a log.
+    journalctl -u mosquitto -t mosquitto --since "@$begin" -o cat --no-pager -q \
+      >>"$COMMAND_LOG" 2>/dev/null || true
   fi
+  [ ! -r "$MOSQUITTO_LOG" ] || tail -c "+$((size + 1))" "$MOSQUITTO_LOG" >>"$COMMAND_LOG"
   service_runs
 }
 

@@ -6,14 +6,18 @@ if it works, and is taken back if it turns out not to.
 """
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.throwaway_root import CHECKOUT, INSTALL, ThrowawayRoot, needs_throwaway_root
+from tests.harness.systemd_root import SystemdRoot, needs_systemd
+from tests.harness.throwaway_root import CHECKOUT, INSTALL, needs_throwaway_root
 from tests.harness.waiting import wait_until
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
 
 pytestmark = needs_throwaway_root()
 
@@ -30,13 +34,15 @@ SET_UP = f"""
 . {SOURCE}/functions.sh
 . {SOURCE}/deploy/mosquitto-setup.sh
 mkdir -p "$ETC"
+exec 9>/run/installer.lock
+flock -n 9
 {{before}}
 set_up_mosquitto
 """
 PLANT = f"password_file {PASSWORDS}\nallow_anonymous false\n"
 
 
-class Machine(ThrowawayRoot):
+class Machine(SystemdRoot):
     """A machine with Debian's Mosquitto, and the part of install.sh that deals with it."""
 
     def prepare(self) -> None:
@@ -48,7 +54,7 @@ class Machine(ThrowawayRoot):
         self.check("sh", "-c", f": >{LOG}")
         self.check("chown", "mosquitto:", LOG)
 
-    def set_up(self, before: str = "") -> "subprocess.CompletedProcess[str]":
+    def set_up(self, before: str = "") -> "CompletedProcess[str]":
         """Do what install.sh does about Mosquitto; ``before`` is shell that comes before it."""
         return self.run("bash", "-c", SET_UP.format(before=before))
 
@@ -56,9 +62,19 @@ class Machine(ThrowawayRoot):
         self.write(path, self.read(path) + text)
 
     def broker(self) -> int:
-        """Return the process of the broker, of which there is one."""
-        (pid,) = self.processes("mosquitto", "mosquitto")
-        return pid
+        """Return the service's process, of which there is one."""
+        found = self.check("pgrep", "-r", "D,R,S", "-f", "-x", f"/usr/sbin/mosquitto -c {MAIN}")
+        return int(found)
+
+    def runs(self) -> bool:
+        """Return whether the service's process runs."""
+        return f"-c {MAIN}" in self.run("pgrep", "-r", "D,R,S", "-a", "-x", "mosquitto").stdout
+
+    def reboot(self) -> None:
+        """Stop the broker, and start it with what is on the disk now."""
+        if self.runs():
+            self.stop_mosquitto()
+        self.start_mosquitto()
 
     def publishes(self, *options: str) -> bool:
         """Return whether a client may publish with these options of mosquitto_pub."""
@@ -81,8 +97,8 @@ class Sensor:
         client = f"-p {port} -u sensor -P {SECRET} -q 1 -t FCTS/FAE/FAE1/SolvExtract/PT-101"
         machine.start("sh", "-c", f"exec mosquitto_sub {client} -i watch", log="/run/got")
         self._wait_for_log(r" as watch ")
-        feed = f"seq 1 100000 | while read -r n; do echo $n; sleep 0.02; done | mosquitto_pub {client} -l"
-        machine.start("sh", "-c", f"{feed} -i sensor")
+        numbers = "seq 1 100000 | while read -r n; do echo $n; sleep 0.02; done"
+        machine.start("sh", "-c", f"{numbers} | mosquitto_pub {client} -i sensor -l")
         self.wait_for_more()
 
     def got(self) -> list[int]:
@@ -108,9 +124,27 @@ class Sensor:
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
+    """One on which systemd does not run (a container)."""
     with Machine(environment=False) as made:
         made.prepare()
         yield made
+
+
+@pytest.fixture
+def server(machine: Machine) -> Machine:
+    """One on which it does."""
+    machine.boot("mosquitto")
+    return machine
+
+
+@pytest.fixture(
+    params=["without systemd", pytest.param("with systemd", marks=needs_systemd())],
+)
+def either(machine: Machine, request: pytest.FixtureRequest) -> Machine:
+    """Both, one after the other."""
+    if request.param == "with systemd":
+        machine.boot("mosquitto")
+    return machine
 
 
 def plants_files(port: int) -> dict[str, tuple[str, str]]:
@@ -123,8 +157,14 @@ def plants_files(port: int) -> dict[str, tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("port", [1883, 1884])
-@pytest.mark.parametrize("where", plants_files(0))
+@pytest.mark.parametrize(
+    ("where", "port"),
+    [
+        *((where, 1883) for where in plants_files(0)),
+        ("in mosquitto.conf", 1884),
+        ("in conf.d", 1884),
+    ],
+)
 def test_a_plants_broker_goes_on_as_it_is(machine: Machine, where: str, port: int) -> None:
     file, settings = plants_files(port)[where]
     if file != MAIN:
@@ -134,6 +174,9 @@ def test_a_plants_broker_goes_on_as_it_is(machine: Machine, where: str, port: in
         assert "include_dir /etc/mosquitto/conf.d" in text
         machine.write(MAIN, text.replace("/etc/mosquitto/conf.d", str(Path(file).parent)))
     machine.append(file, settings)
+    if port == 1884:
+        bridge = "connection hub\naddress 192.0.2.1\nremote_password hush\ntopic x out\n"
+        machine.append(file, bridge)
     machine.start_mosquitto(port)
     before, broker = machine.configuration(), machine.broker()
     sensor = Sensor(machine, port)
@@ -153,6 +196,7 @@ def test_a_plants_broker_goes_on_as_it_is(machine: Machine, where: str, port: in
     answers = "wants a user and a password" if port == 1883 else "does not speak MQTT on"
     assert answers in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "hush" not in done.stdout
     # A restart of the machine changes nothing of that.
     machine.stop_mosquitto()
     machine.start_mosquitto(port)
@@ -161,80 +205,80 @@ def test_a_plants_broker_goes_on_as_it_is(machine: Machine, where: str, port: in
 
 
 def test_debians_broker_gets_the_drop_in_and_keeps_it_without_another_restart(
-    machine: Machine,
+    either: Machine,
 ) -> None:
     # Comments are no settings.
-    machine.append(MAIN, "\n# the operator was here\n")
-    machine.write("/etc/mosquitto/conf.d/notes.conf", "# nothing\n\n")
-    machine.start_mosquitto()
-    before = machine.broker()
+    either.append(MAIN, "\n# the operator was here\n")
+    either.write("/etc/mosquitto/conf.d/notes.conf", "# nothing\n\n")
+    either.start_mosquitto()
+    before = either.broker()
 
-    first = machine.set_up()
+    first = either.set_up()
 
     assert first.returncode == 0, first.stdout + first.stderr
-    installed = machine.broker()
+    installed = either.broker()
     assert installed != before, "with the new configuration"
-    assert machine.read(DROP_IN) == machine.read(f"{SOURCE}/deploy/mosquitto.conf")
-    assert machine.publishes()
-    assert not machine.has(FORMER)
+    assert either.read(DROP_IN) == either.read(f"{SOURCE}/deploy/mosquitto.conf")
+    assert either.publishes()
+    assert not either.has(FORMER)
 
-    second = machine.set_up()
+    second = either.set_up()
 
     assert second.returncode == 0, second.stdout + second.stderr
-    assert machine.broker() == installed
+    assert either.broker() == installed
     assert "Mosquitto answers on 127.0.0.1:1883" in second.stdout
 
 
-def test_a_broker_that_does_not_run_is_started(machine: Machine) -> None:
+def test_a_broker_that_does_not_run_is_started(either: Machine) -> None:
     for _ in range(2):
-        assert machine.set_up().returncode == 0
-        assert machine.publishes()
-        machine.stop_mosquitto()
+        assert either.set_up().returncode == 0
+        assert either.publishes()
+        either.stop_mosquitto()
 
 
-def test_settings_that_mosquitto_refuses_never_reach_the_broker(machine: Machine) -> None:
-    machine.start_mosquitto()
-    before, broker = machine.configuration(), machine.broker()
-    machine.append(f"{SOURCE}/deploy/mosquitto.conf", "no_such_setting true\n")
+def test_settings_that_mosquitto_refuses_never_reach_the_broker(either: Machine) -> None:
+    either.start_mosquitto()
+    before, broker = either.configuration(), either.broker()
+    either.append(f"{SOURCE}/deploy/mosquitto.conf", "no_such_setting true\n")
 
-    done = machine.set_up()
+    done = either.set_up()
 
     assert done.returncode == 1
     assert "the broker was not touched" in done.stderr
     assert "no_such_setting" in done.stderr.split("Mosquitto says:")[1].split("install.sh:")[0]
-    assert machine.configuration() == before
-    assert machine.broker() == broker
+    assert either.configuration() == before
+    assert either.broker() == broker
 
 
 @pytest.mark.parametrize("former", ["none", "an older one of ours"])
 def test_settings_with_which_the_broker_does_not_come_up_are_taken_back(
-    machine: Machine, former: str
+    either: Machine, former: str
 ) -> None:
     ours = f"{SOURCE}/deploy/mosquitto.conf"
-    machine.start_mosquitto()
+    either.start_mosquitto()
     if former != "none":
-        assert machine.set_up().returncode == 0
-    before = machine.configuration()
+        assert either.set_up().returncode == 0
+    before = either.configuration()
     # A port that the trial does not need, and another program has.
-    machine.write("/run/other.conf", "listener 1999 127.0.0.1\nuser nobody\n")
-    machine.start("/usr/sbin/mosquitto", "-c", "/run/other.conf")
-    machine.wait_for_port(1999)
-    machine.append(ours, "listener 1999 127.0.0.1\n")
+    either.write("/run/other.conf", "listener 1999 127.0.0.1\nuser nobody\n")
+    either.start("/usr/sbin/mosquitto", "-c", "/run/other.conf")
+    either.wait_for_port(1999)
+    either.append(ours, "listener 1999 127.0.0.1\n")
 
-    done = machine.set_up()
+    done = either.set_up()
 
     assert done.returncode == 1
     assert "It runs again as before" in done.stderr
     assert "Address already in use" in done.stderr
-    after = machine.configuration()
+    after = either.configuration()
     assert after == before
-    assert machine.publishes()
-    assert machine.listens(1999), "the other program is left alone"
+    assert either.publishes()
+    assert either.listens(1999), "the other program is left alone"
 
-    machine.run("pkill", "-u", "nobody", "-x", "mosquitto")
-    again = machine.set_up()
+    either.run("pkill", "-u", "nobody", "-x", "mosquitto")
+    again = either.set_up()
     assert again.returncode == 0, again.stderr
-    assert machine.publishes("-p", "1999")
+    assert either.publishes("-p", "1999")
 
 
 @pytest.mark.parametrize("package", ["installed", "not installed"])
@@ -285,16 +329,16 @@ def test_our_drop_in_is_known_again_after_sluice_was_removed(machine: Machine) -
 
 
 @pytest.mark.parametrize(
-    ("plants", "opened"),
+    ("plants", "state"),
     [
-        (f"listener 1884\n{PLANT}", True),
-        (f"listener 1884\nrequire_certificate true\n{PLANT}", False),
-        (f"listener 1884\npassword_file {PASSWORDS}\n", True),
+        (f"listener 1884\n{PLANT}", "opened"),
+        (f"listener 1884\nrequire_certificate true\n{PLANT}", "closed"),
+        (f"listener 1884\npassword_file {PASSWORDS}\n", "opened"),
     ],
 )
 @pytest.mark.parametrize("name", ["plant.conf", "z-plant.conf"])
 def test_an_older_drop_in_of_ours_that_opens_the_plants_listener_is_told(
-    machine: Machine, plants: str, opened: bool, name: str
+    machine: Machine, plants: str, state: str, name: str
 ) -> None:
     machine.start_mosquitto()
     assert machine.set_up().returncode == 0
@@ -303,7 +347,7 @@ def test_an_older_drop_in_of_ours_that_opens_the_plants_listener_is_told(
     machine.write(f"/etc/mosquitto/conf.d/{name}", plants)
     before = machine.configuration()
     # Of several allow_anonymous lines the last one read counts.
-    opened = opened and not (name > "sluice" and "allow_anonymous" in plants)
+    opened = state == "opened" and not (name > "sluice" and "allow_anonymous" in plants)
 
     done = machine.set_up()
 
@@ -320,46 +364,112 @@ def test_an_older_drop_in_of_ours_that_opens_the_plants_listener_is_told(
         assert machine.publishes("-p", "1884") == opened
 
 
-MOMENTS = (
-    "try_drop_in",
-    "replace_file",
-    "restart_mosquitto",
-    "start-stop-daemon",
-    "broker_accepts",
-)
+KILL = "{ kill -KILL $$; }"
+AT_A_RENAME = 'mv() {{ [ "$3" != {0} ] || kill -KILL $$; command mv "$@"; }}'
+MOMENTS = {
+    "while it is tried": f"trial_is_decided() {KILL}",
+    "before what was there is kept": AT_A_RENAME.format(FORMER),
+    "before the new one is there": AT_A_RENAME.format(DROP_IN),
+    "before the restart": f"restart_mosquitto() {KILL}",
+    "amid the restart": f"""start-stop-daemon() {KILL}
+        systemctl() {{ [ "$1" != restart ] || kill -KILL $$; command systemctl "$@"; }}""",
+    "after the restart": f"broker_accepts() {KILL}",
+}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("former", ["none", "an older one of ours"])
+@pytest.mark.parametrize("at", ["a first installation", "an upgrade, and a reboot"])
 def test_a_kill_at_any_moment_leaves_a_broker_that_starts_and_the_next_run_repairs(
-    machine: Machine, moment: str, former: str
+    either: Machine, moment: str, at: str
 ) -> None:
     ours = f"{SOURCE}/deploy/mosquitto.conf"
-    machine.start_mosquitto()
-    if former != "none":
-        assert machine.set_up().returncode == 0
-    machine.append(ours, "max_connections 77\n")
+    upgrade = at != "a first installation"
+    either.start_mosquitto()
+    if upgrade:
+        assert either.set_up().returncode == 0
+    either.append(ours, "max_connections 77\n")
 
-    killed = machine.set_up(f"{moment}() {{ kill -KILL $$; }}")
+    killed = either.set_up(MOMENTS[moment])
 
-    assert killed.returncode == -9 or killed.returncode == 137
-    # As it is now: by hand, or as the machine boots.
-    if machine.processes("mosquitto", "mosquitto"):
-        machine.stop_mosquitto()
-        machine.start_mosquitto()
-        assert machine.publishes()
-        machine.stop_mosquitto()
-    machine.start_mosquitto()
-    assert machine.publishes()
-    pid = machine.broker()
+    assert killed.returncode in {-9, 137}, killed.stderr
+    if upgrade:
+        either.reboot()
+        assert either.publishes()
+    before = either.broker() if either.runs() else 0
 
-    again = machine.set_up()
+    again = either.set_up()
 
     assert again.returncode == 0, again.stderr
-    assert machine.broker() != pid, "it runs with what is on the disk"
-    assert machine.read(DROP_IN) == machine.read(ours)
-    assert machine.publishes()
-    assert not machine.has(FORMER)
+    assert either.broker() != before, "it runs with what is on the disk"
+    assert either.read(DROP_IN) == either.read(ours)
+    assert either.publishes()
+    assert not either.has(FORMER)
+
+
+@needs_systemd()
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [
+        ("[Service]\nExecStart=\nExecStart=/usr/sbin/mosquitto -c /etc/plant.conf\n",
+         "mosquitto.service runs: /usr/sbin/mosquitto -c /etc/plant.conf"),
+        ("", "mosquitto.service is masked"),
+    ],
+)  # fmt: skip
+def test_a_service_that_the_plant_has_changed_is_the_plants(
+    server: Machine, unit: str, told: str
+) -> None:
+    server.write("/etc/plant.conf", f"listener 1884\n{PLANT}")
+    if unit:
+        server.write("/etc/systemd/system/mosquitto.service.d/plant.conf", unit)
+        server.check("systemctl", "daemon-reload")
+        server.start_mosquitto(1884)
+    else:
+        server.check("systemctl", "mask", "mosquitto")
+    before = server.configuration()
+
+    done = server.set_up()
+
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    assert server.configuration() == before
+    if unit:
+        assert server.publishes("-p", "1884", "-u", "sensor", "-P", SECRET)
+        assert not server.publishes("-p", "1884")
+    else:
+        assert not server.processes("mosquitto", "mosquitto")
+
+
+@needs_systemd()
+def test_a_service_that_systemd_refuses_to_start_again_is_started(server: Machine) -> None:
+    server.start_mosquitto()
+    # More starts than it allows in a while: as of a broker that fails again and again.
+    wait_until(
+        lambda: server.run("systemctl", "restart", "mosquitto").returncode != 0,
+        TIMEOUT_S,
+        "systemd has had enough",
+    )
+    assert not server.runs()
+
+    assert server.set_up().returncode == 0
+
+    assert server.publishes()
+
+
+@needs_systemd()
+def test_a_plants_broker_goes_on_as_it_is_under_systemd(server: Machine) -> None:
+    server.append(MAIN, f"listener 1883\n{PLANT}")
+    server.start_mosquitto()
+    before, broker = server.configuration(), server.broker()
+    sensor = Sensor(server, 1883)
+
+    done = server.set_up()
+
+    sensor.wait_for_more()
+    assert done.returncode == 0, done.stderr
+    assert "the plant's own" in done.stdout
+    assert sensor.was_never_interrupted()
+    assert server.broker() == broker
+    assert server.configuration() == before
 
 
 def test_a_whole_installation_at_a_plant_leaves_its_broker_alone() -> None:
