@@ -27,6 +27,12 @@ readonly STOP_TIMEOUT_S=60
 # Output of commands that are worth reading only when they fail.
 COMMAND_LOG=
 
+# Absent only where there is no full checkout, which is refused before it is needed.
+if [ -e "$SOURCE/deploy/mosquitto-setup.sh" ]; then
+  # shellcheck source=deploy/mosquitto-setup.sh
+  . "$SOURCE/deploy/mosquitto-setup.sh"
+fi
+
 usage() {
   cat <<END
 Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
@@ -270,17 +276,13 @@ install_all() {
   require_space "$PREFIX" "$INSTALL_MIN_MIB"
   require_space "$SPOOL" "$INSTALL_MIN_MIB"
   [ -e "$SOURCE/collector" ] || die "$SOURCE does not hold the programs." "Run it from a full checkout."
-  # shellcheck source=deploy/mosquitto-setup.sh
-  . "$SOURCE/deploy/mosquitto-setup.sh"
   exec 9>/run/lock/sluice-install.lock
   flock -n 9 || die "another install.sh is running." "Wait for it to end."
   # From here on nothing depends on where it was called.
   cd /
 
   step "Packages"
-  local packages=(python3 python3-venv sqlite3 procps)
-  if mosquitto_wanted; then packages+=(mosquitto); fi
-  apt_install "${packages[@]}"
+  apt_install python3 python3-venv sqlite3 procps
 
   step "User, directories, settings"
   create_account

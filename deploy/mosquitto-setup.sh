@@ -23,16 +23,12 @@ readonly BROKER_STOP_S=60
 # Longer than any trial: it ends by itself if the installer is killed meanwhile.
 readonly TRIAL_LIMIT_S=30
 
-# Whether Debian's Mosquitto is to be installed. Its package starts it, now and at each boot, and
-# so it would take the port from another broker that is here.
-mosquitto_wanted() {
-  ! own_broker_given || return 1
-  [ -n "$(missing_packages mosquitto)" ] || return 0
-  [ -z "$(foreign_listener)" ]
-}
-
 set_up_mosquitto() {
-  local plants
+  local plants ours=$SOURCE/deploy/mosquitto.conf
+  # The package starts it, now and at each boot: it would take the port from another broker.
+  if [ -n "$(missing_packages mosquitto)" ] && [ -z "$(foreign_listener)" ]; then
+    apt_install mosquitto
+  fi
   plants=$(signs_of_plants_broker)
   if [ -n "$plants" ]; then
     leave_plants_broker "$plants"
@@ -40,9 +36,11 @@ set_up_mosquitto() {
     say "$DROP_IN was edited here: it stays as it is."
     rm -f "$FORMER_DROP_IN"
     start_where_none_answers broker_answers "$(broker_port)"
-  elif [ -e "$FORMER_DROP_IN" ] || ! cmp -s "$DROP_IN" "$SOURCE/deploy/mosquitto.conf"; then
+  elif [ -e "$FORMER_DROP_IN" ] || ! have_same_settings "$DROP_IN" "$ours"; then
     change_drop_in
   else
+    # Other words in the comments are no reason to restart it.
+    cmp -s "$DROP_IN" "$ours" || put_drop_in "$ours"
     start_where_none_answers broker_accepts "$BROKER_PORT"
   fi
   warn_of_per_listener_settings
@@ -192,6 +190,10 @@ drop_in_was_edited() {
     ! grep -qsxF "$(drop_in_sum "$DROP_IN")" "$DROP_IN_SUMS"
 }
 
+have_same_settings() { # <file> <file>
+  [ "$(settings_in "$1" | cut -d: -f3-)" = "$(settings_in "$2" | cut -d: -f3-)" ]
+}
+
 drop_in_sum() { sha256sum <"$1" | cut -d' ' -f1; } # <file>
 
 # --------------------------------------------------------- the plant's broker
@@ -297,15 +299,21 @@ change_drop_in() {
       replace_file "$FORMER_DROP_IN" </dev/null
     fi
   fi
-  { cat "$DROP_IN_SUMS" 2>/dev/null || true; drop_in_sum "$wanted"; } | sort -u |
-    replace_file "$DROP_IN_SUMS"
-  replace_file "$DROP_IN" <"$wanted"
+  put_drop_in "$wanted"
   if restart_mosquitto && wait_until "$BROKER_START_S" broker_accepts; then
     rm -f "$FORMER_DROP_IN"
     say "Mosquitto takes clients on 127.0.0.1:$BROKER_PORT"
   else
     take_drop_in_back
   fi
+}
+
+put_drop_in() { # <file>
+  {
+    cat "$DROP_IN_SUMS" 2>/dev/null || true
+    drop_in_sum "$1"
+  } | sort -u | replace_file "$DROP_IN_SUMS"
+  replace_file "$DROP_IN" <"$1"
 }
 
 # By rename, and on the disk: after a power cut it is the old one or the new one.
