@@ -27,11 +27,15 @@ readonly STOP_TIMEOUT_S=60
 # Output of commands that are worth reading only when they fail.
 COMMAND_LOG=
 
-# Absent only where there is no full checkout, which is refused before it is needed.
-if [ -e "$SOURCE/deploy/mosquitto-setup.sh" ]; then
-  # shellcheck source=deploy/mosquitto-setup.sh
-  . "$SOURCE/deploy/mosquitto-setup.sh"
-fi
+# Absent only where there is no full checkout, which is refused before they are needed.
+for part in mosquitto-setup mosquitto-plant; do
+  if [ -e "$SOURCE/deploy/$part.sh" ]; then
+    # shellcheck source=deploy/mosquitto-setup.sh
+    # shellcheck source=deploy/mosquitto-plant.sh
+    . "$SOURCE/deploy/$part.sh"
+  fi
+done
+unset part
 
 usage() {
   cat <<END
@@ -43,8 +47,10 @@ Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
 
 Install:
   MQTT_BROKER=HOST, MQTT_PORT=PORT     (environment) use that broker; without
-                                       them Mosquitto is installed here, for
-                                       this machine only (loopback)
+                                       them a broker of the plant's own on this
+                                       machine is left as it is; if there is
+                                       none, Mosquitto is installed, for this
+                                       machine only (loopback)
   Code goes to $PREFIX, data to $SPOOL, settings to
   $ETC/sluice.env: written once, never overwritten; APP_ENV=LOCAL
   until you change it. A second run upgrades; readings wait in the broker.
@@ -510,7 +516,7 @@ uninstall() {
   rm -rf "$PREFIX" "$RUN"
   say "Sluice is removed. These stay, and hold your settings and readings:"
   say "  $ETC  $SPOOL  $LOG  the user $ACCOUNT"
-  say "Mosquitto stays too, with $DROP_IN (it may hold readings)."
+  [ ! -e "$DROP_IN" ] || say "Mosquitto stays too, with $DROP_IN (it may hold readings)."
 }
 
 # -------------------------------------------------------------------------- main
