@@ -17,6 +17,7 @@ from tests.harness.waiting import wait_until
 from tests.plant_machine import (
     DROP_IN,
     FORMER,
+    LOG,
     MAIN,
     PASSWORDS,
     PLANT,
@@ -405,7 +406,36 @@ def test_a_whole_installation_at_a_plant_leaves_its_broker_alone() -> None:
         sensor.wait_for_more()
         assert "the plant's own" in done.stdout, done.stdout + done.stderr
         assert machine.has("/opt/sluice/app")
-        assert sensor.was_never_interrupted()
-        assert machine.broker() == broker
         assert machine.configuration() == before
         assert not machine.publishes(), "without a password"
+
+        do_as_advised(machine, done.stdout)
+
+        wait_until(
+            lambda: re.search(r" as sluice-\S+ .*u'sluice'", machine.read(LOG)),
+            TIMEOUT_S,
+            "the collector is let in",
+        )
+        again = machine.run(INSTALL)
+        sensor.wait_for_more()
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "the plant's own" not in again.stdout, "MQTT_BROKER is given"
+        assert sensor.was_never_interrupted()
+        assert machine.broker() == broker
+
+
+def do_as_advised(machine: Machine, advice: str) -> None:
+    """Do what install.sh has said, word by word but for the terminal's questions."""
+    for command in (
+        f"mosquitto_passwd -b {PASSWORDS} sluice {SECRET}",
+        f"echo {SECRET} | install -m 0400 -o sluice /dev/stdin /etc/sluice/mqtt-password",
+    ):
+        machine.check("sh", "-c", command)
+    assert "mosquitto_passwd PASSWORD_FILE_OF_THE_BROKER sluice" in advice
+    assert "install -m 0400 -o sluice /dev/stdin /etc/sluice/mqtt-password" in advice
+    # Which is what "systemctl reload mosquitto" does.
+    machine.check("kill", "-HUP", str(machine.broker()))
+    settings = re.findall(r"(?m)^ {4}(MQTT_[A-Z_]+=\S+)$", advice)
+    assert len(settings) == 4
+    machine.append("/etc/sluice/sluice.env", "\n".join(["", *settings, ""]))
+    machine.check("supervisorctl", "restart", "collector")
