@@ -27,6 +27,16 @@ readonly STOP_TIMEOUT_S=60
 # Output of commands that are worth reading only when they fail.
 COMMAND_LOG=
 
+# Absent only where there is no full checkout, which is refused before they are needed.
+for part in mosquitto-setup mosquitto-plant; do
+  if [ -e "$SOURCE/deploy/$part.sh" ]; then
+    # shellcheck source=deploy/mosquitto-setup.sh
+    # shellcheck source=deploy/mosquitto-plant.sh
+    . "$SOURCE/deploy/$part.sh"
+  fi
+done
+unset part
+
 usage() {
   cat <<END
 Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
@@ -38,8 +48,10 @@ Sluice: a store-and-forward gate between MQTT sensors and Google Cloud.
 
 Install:
   MQTT_BROKER=HOST, MQTT_PORT=PORT     (environment) use that broker; without
-                                       them Mosquitto is installed here, for
-                                       this machine only (loopback)
+                                       them a broker of the plant's own on this
+                                       machine is left as it is; if there is
+                                       none, Mosquitto is installed, for this
+                                       machine only (loopback)
   Code goes to $PREFIX, data to $SPOOL, settings to
   $ETC/sluice.env: written once, never overwritten; APP_ENV=LOCAL
   until you change it. A second run upgrades; readings wait in the broker.
@@ -290,9 +302,7 @@ install_all() {
   cd /
 
   step "Packages"
-  local packages=(python3 python3-venv sqlite3 procps)
-  if ! own_broker_given; then packages+=(mosquitto); fi
-  apt_install "${packages[@]}"
+  apt_install python3 python3-venv sqlite3 procps
 
   step "User, directories, settings"
   create_account
@@ -429,14 +439,6 @@ write_wrapper() {
   chmod 755 "$WRAPPER"
 }
 
-# -------------------------------------------------------------------- Mosquitto
-
-# Absent only where there is no full checkout, which install_all refuses.
-if [ -e "$SOURCE/deploy/mosquitto-setup.sh" ]; then
-  # shellcheck source=deploy/mosquitto-setup.sh
-  . "$SOURCE/deploy/mosquitto-setup.sh"
-fi
-
 # ------------------------------------------------------------------------- start
 
 wait_until() { # <seconds> <command ...>
@@ -528,7 +530,7 @@ uninstall() {
   rm -rf "$PREFIX" "$RUN"
   say "Sluice is removed. These stay, and hold your settings and readings:"
   say "  $ETC  $SPOOL  $LOG  the user $ACCOUNT"
-  say "Mosquitto stays too, with $DROP_IN (it may hold readings)."
+  [ ! -e "$DROP_IN" ] || say "Mosquitto stays too, with $DROP_IN (it may hold readings)."
 }
 
 # -------------------------------------------------------------------------- main
