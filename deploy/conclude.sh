@@ -5,7 +5,7 @@
 readonly STAYS_S=7
 readonly START_TIMEOUT_S=60
 # Once the programs stay up: for the broker to answer, and for a passing row of health to pass.
-readonly SETTLE_TIMEOUT_S=12
+readonly SETTLE_TIMEOUT_S=8
 # An ending more than this is no coincidence.
 readonly ENDINGS_MAX=1
 
