@@ -19,19 +19,19 @@ readonly ACCOUNT=sluice
 # What the installation itself needs: code, environment, logs.
 readonly INSTALL_MIN_MIB=1024
 readonly DEMO_MIN_MIB=512
-# The spool's default limit (SPOOL_MAX_BYTES) and some air.
-readonly SPOOL_WANTED_MIB=$((11 * 1024))
-readonly START_TIMEOUT_S=40
 readonly STOP_TIMEOUT_S=60
 
 # Output of commands that are worth reading only when they fail.
 COMMAND_LOG=
 
 # Absent only where there is no full checkout, which is refused before they are needed.
-for part in mosquitto-setup mosquitto-plant; do
+for part in apt settings mosquitto-setup mosquitto-plant conclude; do
   if [ -e "$SOURCE/deploy/$part.sh" ]; then
+    # shellcheck source=deploy/apt.sh
+    # shellcheck source=deploy/settings.sh
     # shellcheck source=deploy/mosquitto-setup.sh
     # shellcheck source=deploy/mosquitto-plant.sh
+    # shellcheck source=deploy/conclude.sh
     . "$SOURCE/deploy/$part.sh"
   fi
 done
@@ -157,12 +157,10 @@ apt_install() { # <package ...>
   mapfile -t missing < <(missing_packages "$@")
   [ ${#missing[@]} -gt 0 ] || return 0
   say "apt-get install ${missing[*]}"
-  export DEBIAN_FRONTEND=noninteractive
-  # Another apt may be at work (unattended-upgrades): wait for it.
-  local apt=(apt-get -o DPkg::Lock::Timeout=180 -qq)
-  quietly "${apt[@]}" update ||
-    die_of_command "apt-get update failed" "Mend it (sudo apt-get update), then run this again."
-  quietly "${apt[@]}" install -y --no-install-recommends "${missing[@]}" ||
+  [ -n "$COMMAND_LOG" ] || COMMAND_LOG=$(mktemp)
+  apt_get "$COMMAND_LOG" update ||
+    die_of_command "apt-get update failed" "Correct it (sudo apt-get update), then run this again."
+  apt_get "$COMMAND_LOG" install -y --no-install-recommends "${missing[@]}" ||
     die_of_command "apt-get cannot install ${missing[*]}" \
       "Try it by hand (sudo apt-get install ${missing[*]}), then run this again."
 }
@@ -296,22 +294,25 @@ install_all() {
   require_space "$PREFIX" "$INSTALL_MIN_MIB"
   require_space "$SPOOL" "$INSTALL_MIN_MIB"
   [ -e "$SOURCE/collector" ] || die "$SOURCE does not hold the programs." "Run it from a full checkout."
-  exec 9>/run/lock/sluice-install.lock
-  flock -n 9 || die "another install.sh is running." "Wait for it to end."
+  take_lock
   # From here on nothing depends on where it was called.
   cd /
 
   step "Packages"
   apt_install python3 python3-venv sqlite3 procps
 
-  step "User, directories, settings"
+  step "User, directories"
   create_account
   create_directories
-  create_settings
 
   step "Programs in $PREFIX"
   build_venv "$PREFIX" "$SOURCE/requirements.lock" /usr/bin/python3
   stage_code
+
+  # With the new programs' own reader, and before anything that runs is touched.
+  step "Settings"
+  create_settings
+  apply_settings
   if ! own_broker_given; then
     step "Mosquitto"
     set_up_mosquitto
@@ -321,18 +322,18 @@ install_all() {
   stop_sluice
   swap_code
   write_wrapper
+  mark_logs
   start_sluice
   conclude
 }
 
-# The value of a variable in the settings file, empty where there is none.
-setting() { # <name>
-  [ -r "$ETC/sluice.env" ] || return 0
-  sed -nE "s/^(export )?$1=[\"']?([^\"'#]*[^\"'# ]).*/\2/p" "$ETC/sluice.env" | tail -n 1
+# Not in /run/lock, where every user may leave a link to a file that root would then empty.
+take_lock() {
+  umask 077
+  exec 9>/run/sluice-install.lock
+  umask 022
+  flock -n 9 || die "another install.sh is running." "Wait for it to end."
 }
-
-# Whether the operator has named a broker: now, or in the settings of an earlier run.
-own_broker_given() { [ -n "${MQTT_BROKER:-}" ] || [ -n "$(setting MQTT_BROKER)" ]; }
 
 create_account() {
   getent group "$ACCOUNT" >/dev/null || groupadd --system "$ACCOUNT"
@@ -342,56 +343,18 @@ create_account() {
 }
 
 create_directories() {
-  local spool
   install -d -m 0755 "$PREFIX"
   install -d -m 0750 -o root -g "$ACCOUNT" "$ETC"
   # setgid: every new file belongs to the group that may read it.
   install -d -m 2750 -o "$ACCOUNT" -g "$ACCOUNT" "$SPOOL" "$LOG"
   install -d -m 0750 -o "$ACCOUNT" -g "$ACCOUNT" "$RUN"
-  spool=$(setting SPOOL_DIR)
-  if [ -n "$spool" ] && [ ! -d "$spool" ]; then
-    install -d -m 2750 -o "$ACCOUNT" -g "$ACCOUNT" "$spool"
-  fi
+  # As left by a supervisord that root has run by hand.
+  take_files "$LOG" '*.log' '*.log.*'
   # supervisord.conf finds everything beside itself.
   ln -sfn "$ETC" "$PREFIX/etc"
   ln -sfn "$LOG" "$PREFIX/log"
   ln -sfn "$RUN" "$PREFIX/run"
   ln -sfn app/supervisord.conf "$PREFIX/supervisord.conf"
-}
-
-create_settings() {
-  local file=$ETC/sluice.env free
-  if [ -e "$file" ]; then
-    say "$file stays as it is"
-    if [ -n "${MQTT_BROKER:-}" ] && [ "$(setting MQTT_BROKER)" != "$MQTT_BROKER" ]; then
-      warn "MQTT_BROKER=$MQTT_BROKER is not in $file; set it there."
-    fi
-    return
-  fi
-  install -m 0640 -o root -g "$ACCOUNT" "$SOURCE/deploy/sluice.env" "$file"
-  enter_setting INSTANCE_ID "$(default_instance_id)"
-  if [ -n "${MQTT_BROKER:-}" ]; then
-    enter_setting MQTT_BROKER "$MQTT_BROKER"
-    enter_setting MQTT_PORT "${MQTT_PORT:-1883}"
-  fi
-  free=$(free_mib "$SPOOL")
-  if [ "$free" -lt "$SPOOL_WANTED_MIB" ]; then
-    enter_setting SPOOL_MAX_BYTES "$((free * 7 / 10))MiB"
-    warn "only $free MiB are free for $SPOOL: SPOOL_MAX_BYTES is set to 70 % of that."
-  fi
-  say "$file written; APP_ENV=LOCAL sends nothing to the cloud"
-}
-
-# As lifecycle/settings.py makes it of the host name; written down, it does not follow it.
-default_instance_id() {
-  local id
-  id=$(uname -n | sed -E 's/[^A-Za-z0-9._-]/-/g; s/^[._-]+//' | cut -c 1-200)
-  printf '%s\n' "${id:-sluice}"
-}
-
-enter_setting() { # <name> <value>
-  [[ $2 =~ ^[A-Za-z0-9._:-]+$ ]] || die "$1='$2' is not a host name or a number."
-  sed -i -E "s|^#?$1=.*|$1=$2|" "$ETC/sluice.env"
 }
 
 # Copy what runs, and what an operator may want at hand, beside the running code.
@@ -434,9 +397,8 @@ write_wrapper() {
   if [ -e /usr/bin/supervisorctl ]; then
     warn "supervisorctl now means Sluice's; Debian's is /usr/bin/supervisorctl"
   fi
-  printf '#!/bin/sh\n# Written by install.sh: supervisorctl, with the configuration of Sluice.\nexec %s -c %s "$@"\n' \
-    "$PREFIX/venv/bin/supervisorctl" "$PREFIX/supervisord.conf" >"$WRAPPER"
-  chmod 755 "$WRAPPER"
+  install -m 0755 "$PREFIX/app/deploy/supervisorctl.sh" "$WRAPPER.new"
+  mv "$WRAPPER.new" "$WRAPPER"
 }
 
 # ------------------------------------------------------------------------- start
@@ -477,49 +439,18 @@ start_sluice() {
     quietly systemctl start sluice ||
       die_of_command "the service does not start" "Its reason: journalctl -u sluice -n 30"
   else
-    say "systemd does not run here: supervisord is started directly, not at boot."
-    # A clean environment: a variable of this shell would win over the settings file.
-    quietly runuser -u "$ACCOUNT" -- env -i PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
-      HOME="$SPOOL" "$PREFIX/venv/bin/supervisord" -c "$PREFIX/supervisord.conf" 9>&- ||
+    say "systemd does not run here: after a restart of the machine, start Sluice with"
+    say "  sudo $PREFIX/app/deploy/start.sh"
+    quietly "$PREFIX/app/deploy/start.sh" 9>&- ||
       die_of_command "supervisord does not start" "Its reason: tail $LOG/supervisord.log"
   fi
-}
-
-# supervisorctl's exit code counts STARTING as running.
-all_running() {
-  local status
-  status=$("$PREFIX/venv/bin/supervisorctl" -c "$PREFIX/supervisord.conf" status 2>&1) || return 1
-  ! grep -qv ' RUNNING ' <<<"$status"
-}
-
-conclude() {
-  local running=yes
-  wait_until "$START_TIMEOUT_S" all_running || running=no
-  say
-  say "\$ supervisorctl status"
-  "$PREFIX/venv/bin/supervisorctl" -c "$PREFIX/supervisord.conf" status || true
-  [ "$running" = yes ] || die "Sluice is installed, but not everything runs." \
-    "Its reason: supervisorctl tail collector    (or forwarder-pubsub, forwarder-bigquery)" \
-    "Then: sudoedit $ETC/sluice.env and supervisorctl restart all"
-  cat <<END
-
-Sluice is installed. APP_ENV is $(setting APP_ENV). Next:
-
-  sudoedit $ETC/sluice.env
-      settings: APP_ENV, project, topic, table
-  sudo supervisorctl restart all
-      after each change of them
-  sudo sqlite3 -readonly -line $SPOOL/spool.db 'select * from backlog'
-      where every reading is
-
-To do without sudo: usermod -aG $ACCOUNT ${SUDO_USER:-YOURNAME}, then log in again.
-END
 }
 
 # --------------------------------------------------------------------- uninstall
 
 uninstall() {
   is_root || die "this needs root." "Run: sudo ./install.sh --uninstall"
+  take_lock
   stop_sluice
   if [ -e "$UNIT" ]; then
     systemctl disable sluice || true

@@ -28,6 +28,7 @@ from lifecycle.refusal import (
     still_refused,
 )
 from lifecycle.report import report_settings
+from lifecycle.rights import wrong_owner
 from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
 from lifecycle.version import VERSION
@@ -124,12 +125,12 @@ def _run_body(
         log.critical("cannot start: %s", error)
         return ExitCode.STORAGE
     except OSError as error:
+        reason = _wrong_owner(error, settings.spool_dir) or (
+            "it must exist and belong to the user that runs this program (check: ls -ld "
+            f"{settings.spool_dir}; id)"
+        )
         log.critical(
-            "cannot start: SPOOL_DIR %s cannot be used: %s; it must exist and belong to the "
-            "user that runs this program (check: ls -ld %s; id)",
-            settings.spool_dir,
-            error,
-            settings.spool_dir,
+            "cannot start: SPOOL_DIR %s cannot be used: %s; %s", settings.spool_dir, error, reason
         )
         return ExitCode.STORAGE
     log.info(
@@ -154,12 +155,14 @@ def _run_body(
         return code
     except Exception as error:
         if _of_the_disk(error, settings.spool_dir):
+            remedy = _wrong_owner(error, settings.spool_dir) or (
+                f"check the disk and its rights: df -h {settings.spool_dir}; ls -la "
+                f"{settings.spool_dir}; dmesg | tail"
+            )
             log.critical(
-                "storage fault: %s; check the disk and its rights: df -h %s; ls -la %s; "
-                "dmesg | tail",
+                "storage fault: %s; %s",
                 error,
-                settings.spool_dir,
-                settings.spool_dir,
+                remedy,
                 extra=fields(exit_code=int(ExitCode.STORAGE)),
             )
             return ExitCode.STORAGE
@@ -192,6 +195,13 @@ def _of_the_disk(error: Exception, directory: Path) -> bool:
         return False
     names = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
     return any(Path(os.fsdecode(name)).is_relative_to(directory) for name in names)
+
+
+def _wrong_owner(error: Exception, directory: Path) -> str:
+    """Return whose the file is that the error names, where that is the reason; else empty."""
+    name = error.filename if isinstance(error, OSError) else None
+    named = [Path(os.fsdecode(name))] if isinstance(name, str | bytes) else []
+    return wrong_owner([*named, directory])
 
 
 def _prepare_directory(directory: Path) -> None:

@@ -5,7 +5,9 @@ import os
 import sqlite3
 from pathlib import Path
 
+from spool.files import SIDE_SUFFIXES
 from spool.readers import lock_holders
+from spool.rights import wrong_owner
 
 
 class SpoolError(Exception):
@@ -152,8 +154,11 @@ def _room_at(directory: Path) -> str:
     )
 
 
-def _check_the_disk(path: Path) -> str:
+def _check_the_disk(path: Path, *others: Path) -> str:
     directory = path.parent
+    files = [path.with_name(path.name + suffix) for suffix in SIDE_SUFFIXES]
+    if reason := wrong_owner([*others, *files, directory]):
+        return reason
     return f"check the disk and its rights: df -h {directory}; ls -la {directory}; dmesg | tail"
 
 
@@ -174,7 +179,8 @@ def file_fault(error: OSError, operation: str, path: Path) -> StorageFaultError:
     what = f"{operation} of {path} failed: {error}"
     if error.errno in _NO_ROOM:
         return DiskFullError(f"{what}; {_room_at(path.parent)}")
-    return StorageFaultError(f"{what}; {_check_the_disk(path)}")
+    named = [Path(os.fsdecode(error.filename))] if isinstance(error.filename, str | bytes) else []
+    return StorageFaultError(f"{what}; {_check_the_disk(path, *named)}")
 
 
 def read_fault(error: OSError, operation: str, path: Path) -> UnreadableFileError:

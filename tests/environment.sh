@@ -5,6 +5,9 @@
 readonly VENV=.venv-tests
 readonly LOCK=requirements-dev.lock
 
+# shellcheck source=deploy/apt.sh
+. deploy/apt.sh
+
 note() { printf '\n==> %s\n' "$*" >&2; }
 die() {
   printf '%s: %s\n' "$0" "$*" >&2
@@ -12,7 +15,7 @@ die() {
 }
 
 install_packages() { # <note or die, where only root could> <package ...>
-  local otherwise=$1 package missing=()
+  local otherwise=$1 package missing=() log
   shift
   command -v dpkg-query >/dev/null || return 0
   for package in "$@"; do
@@ -26,9 +29,14 @@ install_packages() { # <note or die, where only root could> <package ...>
     return 0
   fi
   note "apt-get install ${missing[*]}"
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get -o DPkg::Lock::Timeout=180 -qq update
-  apt-get -o DPkg::Lock::Timeout=180 -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
+  log=$(mktemp)
+  if ! { apt_get "$log" update &&
+    apt_get "$log" install -y --no-install-recommends "${missing[@]}"; }; then
+    cat "$log" >&2
+    rm -f "$log"
+    die "apt-get cannot install ${missing[*]}"
+  fi
+  rm -f "$log"
 }
 
 # The first Python that can do it: pyenv's, Debian's, any.
