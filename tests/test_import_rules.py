@@ -129,7 +129,7 @@ def test_a_bases_names_are_listed_sorted_and_are_all_it_imports(base: str) -> No
             {"forwarder/authorities.py", "forwarder/bqservice.py", "forwarder/insertaccess.py"},
         ),
         (("dotenv",), {"lifecycle/environment.py"}),
-        (("cryptography",), {"collector/certificates.py"}),
+        (("cryptography",), {"collector/certificates.py", "forwarder/certificates.py"}),
         (("supervisor", "xmlrpc"), {"lifecycle/restarter.py"}),
     ],
 )
