@@ -57,6 +57,7 @@ from spool import (
     refuse_backlog,
     set_aside,
     spool_path,
+    wrong_owner,
 )
 
 WATCHDOG_S = 120.0
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] = ()) -> ExitCode:
         NewerFormatError: ExitCode.CONFIG,
         SpoolError: ExitCode.STORAGE,
     }
-    return run(Program("collector", _body, codes), os.environ)
+    return run(Program("collector", _body, codes, wrong_owner), os.environ)
 
 
 if __name__ == "__main__":

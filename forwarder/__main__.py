@@ -39,6 +39,7 @@ from spool import (
     lasting,
     readable,
     set_aside,
+    wrong_owner,
 )
 
 WATCHDOG_S = 600.0
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> ExitCode:
         CursorAheadError: ExitCode.CONFIG,
         SpoolError: ExitCode.STORAGE,
     }
-    return run(Program(f"forwarder-{name}", body, codes), os.environ)
+    return run(Program(f"forwarder-{name}", body, codes, wrong_owner), os.environ)
 
 
 def _drain(name: str, settings: Settings, stop: StopRequest) -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -28,7 +28,6 @@ from lifecycle.refusal import (
     still_refused,
 )
 from lifecycle.report import report_settings
-from lifecycle.rights import wrong_owner
 from lifecycle.settings import Settings, instance_id_of
 from lifecycle.shutdown import StopRequest
 from lifecycle.version import VERSION
@@ -52,11 +51,14 @@ class Program:
         role: Its name in supervisorctl, in its logs and in its lock file.
         body: The program itself; returns when asked to stop.
         exit_codes: The exit code for each error class that the body may raise.
+        wrong_owner: Names the first of some files that this process may not use, whose it is and
+            what to do; empty where that is not the reason (:func:`spool.wrong_owner`).
     """
 
     role: str
     body: Callable[[Settings, StopRequest], None]
     exit_codes: Mapping[type[Exception], ExitCode]
+    wrong_owner: Callable[[Iterable[Path]], str] = lambda _: ""
 
 
 def run(program: Program, environ: MutableMapping[str, str]) -> ExitCode:
@@ -125,7 +127,7 @@ def _run_body(
         log.critical("cannot start: %s", error)
         return ExitCode.STORAGE
     except OSError as error:
-        reason = _wrong_owner(error, settings.spool_dir) or (
+        reason = _wrong_owner(program, error, settings.spool_dir) or (
             "it must exist and belong to the user that runs this program (check: ls -ld "
             f"{settings.spool_dir}; id)"
         )
@@ -155,7 +157,7 @@ def _run_body(
         return code
     except Exception as error:
         if _of_the_disk(error, settings.spool_dir):
-            remedy = _wrong_owner(error, settings.spool_dir) or (
+            remedy = _wrong_owner(program, error, settings.spool_dir) or (
                 f"check the disk and its rights: df -h {settings.spool_dir}; ls -la "
                 f"{settings.spool_dir}; dmesg | tail"
             )
@@ -197,11 +199,11 @@ def _of_the_disk(error: Exception, directory: Path) -> bool:
     return any(Path(os.fsdecode(name)).is_relative_to(directory) for name in names)
 
 
-def _wrong_owner(error: Exception, directory: Path) -> str:
+def _wrong_owner(program: Program, error: Exception, directory: Path) -> str:
     """Return whose the file is that the error names, where that is the reason; else empty."""
     name = error.filename if isinstance(error, OSError) else None
     named = [Path(os.fsdecode(name))] if isinstance(name, str | bytes) else []
-    return wrong_owner([*named, directory])
+    return program.wrong_owner([*named, directory])
 
 
 def _prepare_directory(directory: Path) -> None:

@@ -91,6 +91,7 @@ from spool.records import (
 )
 from spool.recovery import SALVAGE_STEP_BYTES, Salvage
 from spool.retention import Pruner, Retention
+from spool.rights import wrong_owner
 from spool.setaside import confirmed, lasting, readable, set_aside
 from spool.sinkfiles import SinkFiles
 from spool.sinkstate import Gap, Settlement, SinkState
@@ -162,4 +163,5 @@ __all__ = [
     "set_aside",
     "sink_path",
     "spool_path",
+    "wrong_owner",
 ]

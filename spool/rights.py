@@ -1,7 +1,4 @@
-"""Whose a file is, where that is what keeps this process from it: as after a copy made by root.
-
-The same as :mod:`lifecycle.rights`, for neither of the two packages imports the other.
-"""
+"""Whose a file is, where that is what keeps this process from it: as after a copy made by root."""
 
 import os
 import stat

@@ -7,26 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import lifecycle.rights
-import spool.rights
+from spool import wrong_owner
 from tests.harness.programs import ROOT
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs files of two users")
 
 
-def test_the_two_are_one_text() -> None:
-    texts = {
-        Path(str(module.__file__))
-        .read_text(encoding="utf-8")
-        .replace("spool.rights", "lifecycle.rights")
-        for module in (spool.rights, lifecycle.rights)
-    }
-    assert len(texts) == 1
-
-
 def test_what_is_ours_is_not_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert spool.rights.wrong_owner([tmp_path / "file", tmp_path / "missing", tmp_path]) == ""
+    assert wrong_owner([tmp_path / "file", tmp_path / "missing", tmp_path]) == ""
 
 
 def as_nobody(code: str, directory: Path, other: Path) -> str:
