@@ -198,7 +198,7 @@ def test_an_error_that_is_no_lock_is_not_waited_for(tmp_path: Path, hands: Hands
 def test_lock_holders_names_no_process_without_a_lock(tmp_path: Path) -> None:
     write_spool(tmp_path, Hands())
     with shell(spool_path(tmp_path), "BEGIN; SELECT * FROM readings WHERE 0"):
-        assert lock_holders(spool_path(tmp_path)) == [], "a reader is in nobody's way"
+        assert lock_holders(spool_path(tmp_path)) == [], "a reader is in no writer's way"
     assert lock_holders(spool_path(tmp_path)) == []
     assert lock_holders(tmp_path / "none.db") == []
 
