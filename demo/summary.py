@@ -87,7 +87,7 @@ def look_lines(layout: Layout) -> Iterator[str]:
     yield "\nLook for yourself:\n"
     yield f"  cd {shlex.quote(str(layout.root))}"
     for query in (
-        "select sink, pending, delivered, state from backlog",
+        "select sink, pending, logged, state from backlog",
         "select reason, count, last_topic from rejected_summary",
     ):
         yield f"  venv/bin/sqlite-utils query {layout.spool.name}/spool.db -t \\"
