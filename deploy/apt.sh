@@ -11,6 +11,8 @@ apt_get() { # <file for its output> <arguments ...>
   shift
   until LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \
     apt-get -qq "$@" >"$log" 2>&1 </dev/null; do
+    # "Unable to lock" also follows a lock that cannot be opened at all: on a read-only disk.
+    if grep -q '^E: Could not open lock file ' "$log"; then return 1; fi
     grep -qE '^E: (Could not get lock|Unable to (lock|acquire)) ' "$log" || return 1
     holder=$(sed -nE 's/^E: Could not get lock ([^ ]+)\. It is held by process ([0-9]+ \([^)]*\)).*/process \2 has \1/p' "$log" | head -n 1)
     if [ "$SECONDS" -ge "$deadline" ]; then

@@ -47,7 +47,8 @@ check_settings() { # <file> <user>
       "Correct MQTT_BROKER and MQTT_PORT, then run this again."
   fi
   die "the settings in $1 cannot work; what runs was not touched." \
-    "Correct them (sudoedit $1), then run this again. (Read as the user $2.)"
+    "Correct them (sudoedit $1), then run this again. (Read as the user $2.)" \
+    "Variables of the unit (systemctl edit sluice) are not seen here: put them into the file."
 }
 
 create_settings() {
@@ -151,17 +152,17 @@ find_names() { # <pattern ...>
 # directory is that user's, who must not be able to have root give away anything else: links are
 # not followed, a file that has another name elsewhere stays, and -execdir never looks up a path.
 take_files() { # <directory> <pattern ...>
-  local directory=$1 names foreign find=(env PATH=/usr/sbin:/usr/bin:/sbin:/bin find "$1/." -maxdepth 1)
+  local directory=$1 names foreign find=(env PATH=/usr/sbin:/usr/bin:/sbin:/bin find "$1/." -ignore_readdir_race -maxdepth 1)
   shift
   find_names "$@"
   foreign=(-type f \( "${names[@]}" \) \( ! -user "$ACCOUNT" -o ! -group "$ACCOUNT" \))
   "${find[@]}" "${foreign[@]}" -links 1 \
     -printf "${directory%/}/%f belonged to %u:%g, and belongs to $ACCOUNT now\n" \
-    -execdir chown -h "$ACCOUNT:$ACCOUNT" {} +
+    -execdir chown -h "$ACCOUNT:$ACCOUNT" {} + || true # a log may be rotated meanwhile
   "${find[@]}" "${foreign[@]}" -links +1 -printf \
     "install.sh: warning: ${directory%/}/%f belongs to %u:%g and has several names: it stays\n" >&2
   # As that user, who can change the mode of no other's file.
   as_sluice "${find[@]}" -type f -user "$ACCOUNT" \( "${names[@]}" \) \
     \( ! -perm -640 -o -perm /027 \) \
-    -printf "${directory%/}/%f had the mode %m, and has 640 now\n" -exec chmod 640 {} +
+    -printf "${directory%/}/%f had the mode %m, and has 640 now\n" -exec chmod 640 {} + || true
 }

@@ -53,15 +53,23 @@ class Authorities:
         self._own_file = own_file
         self._lock = threading.Lock()
         self._file = os.memfd_create("authorities")
-        environ[REQUESTS_VARIABLE] = f"/proc/self/fd/{self._file}"
+        environ[REQUESTS_VARIABLE] = (
+            # Not "self": a program that google-auth starts reads it as well.
+            f"/proc/{os.getpid()}/fd/{self._file}"
+        )
         self._last = b""
 
     @property
-    def contradiction(self) -> str:
-        """What to tell an operator whose variables name several lists; empty if they do not."""
-        if len({path for _, path in self._named}) < 2:  # noqa: PLR2004 - one list is right
+    def notice(self) -> str:
+        """What to tell an operator whose variables name a list; empty if none does."""
+        if not self._named:
             return ""
         told = ", ".join(f"{name}={path}" for name, path in self._named)
+        if len({path for _, path in self._named}) == 1:
+            return (
+                f"{told} takes the place of the packaged and of the system's list, for tokens, "
+                f"REST and gRPC alike; to add to these, set {OWN_VARIABLE} in its place"
+            )
         return (
             f"the variables name several lists, and all of them are trusted: {told}; "
             f"better set {OWN_VARIABLE} alone, which is for tokens, REST and gRPC"
@@ -138,7 +146,7 @@ def use(environ: MutableMapping[str, str], own_file: Path | None) -> str:
     """
     global _of_process  # noqa: PLW0603 - requests' list is the process's, too
     _of_process = Authorities(environ, own_file)
-    return _of_process.contradiction
+    return _of_process.notice
 
 
 def renewed() -> bytes | None:

@@ -53,7 +53,8 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         super().__init__(stream or sys.stdout)
         self._clock = clock
         self._places: dict[tuple[str, int], _Place] = {}
-        self._guard = threading.Lock()
+        # A signal's handler may log while this thread is in here.
+        self._guard = threading.RLock()
         self._summary_s = clock()
 
     def handle(self, record: logging.LogRecord) -> bool:
@@ -100,7 +101,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         self._summary_s = now
         return [
             self._summary(place)
-            for place in self._places.values()
+            for place in list(self._places.values())
             # While a flood lasts, the lines that pass say it.
             if place.left_out and (at_end or now - place.filled_s >= REFILL_S)
         ]

@@ -146,7 +146,7 @@ def test_what_a_variable_names_takes_the_lists_place_and_ours_comes_on_top(
     own = Authority(tmp_path, "own").certificate
     environ = {"SSL_CERT_FILE": str(authority.certificate)}
     trusted = Authorities(environ, own)
-    assert trusted.contradiction == ""
+    assert "takes the place of the packaged and of the system's list" in trusted.notice
     first = trusted.renewed()
     assert first.count(b"BEGIN CERTIFICATE") == 2
     assert Path(environ[REQUESTS_VARIABLE]).read_bytes() == first
@@ -162,8 +162,8 @@ def test_variables_that_name_several_lists_are_all_trusted_and_warned_about(
     other = Authority(tmp_path, "other").certificate
     environ = {"SSL_CERT_FILE": str(authority.certificate), REQUESTS_VARIABLE: str(other)}
     trusted = Authorities(environ, None)
-    assert str(other) in trusted.contradiction
-    assert "CLOUD_CA_FILE" in trusted.contradiction
+    assert str(other) in trusted.notice
+    assert "CLOUD_CA_FILE" in trusted.notice
     assert trusted.renewed().count(b"BEGIN CERTIFICATE") == 2
 
 

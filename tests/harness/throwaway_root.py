@@ -251,11 +251,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(opt: Path) -> None:
-    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    passed_on = ("PIP_", "SSL_CERT_", "REQUESTS_CA_")
+    pip = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
     proxies = {n: v for n, v in os.environ.items() if n.upper().endswith("_PROXY")}
     new = opt.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
     with ThrowawayRoot(environment=False, network="machine") as root:
+        # Mounts of files (Docker) and links into /run (systemd-resolved) are not in the root.
+        for name in ("/etc/resolv.conf", "/etc/hosts"):
+            content = Path(name).read_bytes()
+            root.run("rm", "-f", name)
+            root.write(name, content)
         # No broker, and ended before it starts anything: only the environment is wanted.
         broker = {"MQTT_BROKER": "127.0.0.1", "MQTT_PORT": "9"}
         installing = root.start(INSTALL, env=pip | proxies | broker, log="/run/build.log")
