@@ -1,5 +1,6 @@
 """``python -m collector``."""
 
+import contextlib
 import json
 import logging
 import os
@@ -103,6 +104,12 @@ def _run_with_spool(settings: Settings, stop: StopRequest) -> None:
         if confirmed(error):
             # Move it now, while we know; the restart makes a new one and salvages this one.
             _tell_set_aside(set_aside(writer.path))
+        raise
+    except Exception as error:
+        # Also over what the writer thread has said at its orderly end, which was not the reason.
+        if not stop.requested:
+            with contextlib.suppress(SpoolError):
+                writer.beat.end("failed", str(error) or type(error).__name__)
         raise
 
 

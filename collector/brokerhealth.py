@@ -122,6 +122,11 @@ class BrokerHealth:
         """Note that the broker was reached and has been told CONNECT."""
         self._opened_at = self._clock()
 
+    def unread(self) -> None:
+        """Note that nothing is read now, for a reason of our own: no answer can be seen."""
+        if self._opened_at is not None:
+            self._opened_at = self._clock()
+
     def lost(self, problem: Problem) -> None:
         """Say that there is no session, and why. May be called for each attempt."""
         now = self._clock()

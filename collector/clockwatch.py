@@ -13,7 +13,7 @@ STEP_S = 5.0
 """Between two looks NTP slews by less; a jump beyond it is a step (adjtimex(2): 500 ppm)."""
 
 TOLD_FOR_S = 3600.0
-"""So long ``health`` tells of a step; longer while the clock stands before what it has shown."""
+"""So long ``health`` tells of a step; longer while the newest reading lies in the future."""
 
 NAME = "clock_stepped"
 REMEDY = (
@@ -44,10 +44,9 @@ class ClockWatch:
         self._clock = clock
         self._now_us = now_us
         self._offset_us = self._offset()
-        self._behind_us = 0
+        self._told = False
         self._until = float("-inf")
         if newest_us > now_us() + STEP_S * 1e6:
-            self._behind_us = newest_us
             self._tell(
                 f"at {_text(now_us())} the clock stood {(newest_us - now_us()) / 1e6:.0f} s before "
                 "the newest reading in the spool"
@@ -56,25 +55,30 @@ class ClockWatch:
     def _offset(self) -> float:
         return self._now_us() - self._clock() * 1e6
 
-    def look(self) -> bool:
-        """Look at both clocks; return whether the wall clock has stepped since the last look."""
+    def look(self, newest_us: Callable[[], int]) -> bool:
+        """Look at both clocks; return whether the wall clock has stepped since the last look.
+
+        Args:
+            newest_us: Returns when the newest reading in the spool was received; only asked while
+                a step is told.
+        """
         offset = self._offset()
         step_s = (offset - self._offset_us) / 1e6
-        before_us = self._now_us() - int(offset - self._offset_us)
         self._offset_us = offset
         stepped = abs(step_s) > STEP_S
         if stepped:
             self._until = self._clock() + TOLD_FOR_S
-            self._behind_us = max(self._behind_us, before_us) if step_s < 0 else 0
             self._tell(
                 f"at {_text(self._now_us())} the clock had stepped by {step_s:+.0f} s "
                 "(set, or the machine was suspended)"
             )
-        elif self._until <= self._clock() and self._behind_us <= self._now_us():
+        elif self._told and self._until <= self._clock() and newest_us() <= self._now_us():
+            self._told = False
             self._conditions.clear(NAME)
         return stepped
 
     def _tell(self, detail: str) -> None:
+        self._told = True
         log.warning("clock stepped: %s", detail, extra=fields(remedy=REMEDY))
         self._conditions.put(Condition(NAME, "WARNING", detail, REMEDY))
 

@@ -126,7 +126,9 @@ class Housekeeping:
     def turn(self, writer: SpoolWriter) -> None:
         """Do a little of whatever is due."""
         now = self._clock()
-        if self._clock_watch is not None and self._clock_watch.look():
+        if self._clock_watch is not None and self._clock_watch.look(
+            lambda: writer.received_us(writer.last_seq())
+        ):
             self._stored_at = float("-inf")  # by the new time the last sign of life is too old
         if now - self._read_at >= PROGRESS_INTERVAL_S:
             self._read_progress(now)
@@ -283,15 +285,24 @@ class Housekeeping:
             writer.return_space(RETURN_SPACE_BUSY_STEP_BYTES)
         return False
 
-    def make_room(self, writer: SpoolWriter, *, drop_oldest: bool) -> bool:
-        """Free space for a batch that does not fit; return whether anything was freed."""
+    def make_room(
+        self, writer: SpoolWriter, *, drop_oldest: bool, stands_still: bool = True
+    ) -> bool:
+        """Free space for what does not fit; return whether anything was freed.
+
+        Args:
+            writer: Of the spool.
+            drop_oldest: Whether undelivered readings may go.
+            stands_still: Whether messages wait for it: only then the spool counts as full.
+        """
         if writer.trim_rejected(0):
             return True
         self._read_progress(self._clock())
         if self._retention.prune_step(writer, self._progress, self._now_us(), pressure=True):
             return True
         if not drop_oldest:
-            self._report_full(writer)
+            if stands_still:
+                self._report_full(writer)
             if progress := self.progress_if_due():
                 writer.write_progress(progress)
             return False
@@ -333,7 +344,7 @@ class Housekeeping:
             return False
         if self.level(writer, SALVAGE_STEP_BYTES) < Level.PRESSURE:
             return True
-        self.more = self.make_room(writer, drop_oldest=False)
+        self.more = self.make_room(writer, drop_oldest=False, stands_still=False)
         return False
 
     def release_ballast(self) -> None:

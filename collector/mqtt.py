@@ -79,8 +79,7 @@ class BrokerSession:
         known_filters: The filters that the broker's session of this client id already has.
         weak_filters: Those of them that were granted with QoS 0: they are asked for again.
         last_reading_us: When the last reading was received before this start; 0 if not known.
-        on_subscribed: Told the filters that the broker has granted, and which of them with QoS 0;
-            none and none once it has lost the session.
+        on_subscribed: Told the granted filters, and those with QoS 0; none once a session is lost.
         conditions: Where this session says what is wrong with it, for the spool's view ``health``.
         link: Where it says whether it is connected, for the spool's view ``broker``.
         jitter: Returns a number from 0 to 1.
@@ -216,12 +215,13 @@ class BrokerSession:
             if sock is None:
                 return
             self._watchdog.beat(LOOP)
-            self._health.turn()
-            if self._tls:
-                self._tls.turn()
             full = self._inbox.full
             if full:
                 client.keep_alive_unread()
+                self._health.unread()
+            self._health.turn()
+            if self._tls:
+                self._tls.turn()
             readers: list[Any] = [self._stop] if full else [sock, self._stop]
             writers = [sock] if client.want_write() else []
             # TLS may hold decoded bytes that select knows nothing of.

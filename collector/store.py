@@ -124,9 +124,10 @@ class Store:
                 log.warning("ends while nothing can be written; the broker keeps all: %s", error)
                 return
             self.failure = error
+            # First of all: where the file is locked, only a stop ends the wait.
+            self._stop.request("the writer thread failed")
             with contextlib.suppress(SpoolError):
                 self._writer.beat.end("failed", str(error) or type(error).__name__)
-            self._stop.request("the writer thread failed")
 
     def _farewell(self) -> None:
         self._notices.flush(at_end=True)

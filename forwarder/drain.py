@@ -158,6 +158,7 @@ class Drain:
             damaged = isinstance(error, CorruptFileError) and error.path == self._spool_path
             with contextlib.suppress(SpoolError):
                 self._batches.set_status(SPOOL_DAMAGED if damaged else "stopped", str(error))
+            with contextlib.suppress(SpoolError):
                 self._state.beat.end("failed", str(error) or type(error).__name__)
             raise
         self._batches.flush_notices(at_end=True)

@@ -24,6 +24,10 @@ longer than the first, and where they have not more bytes behind their first one
 a flood of garbage must not keep a person waiting."""
 
 _SHOWN = r"""CASE
+        -- Most texts, and cheap. (length() of a text ends at a NUL, so that the two differ.)
+        WHEN typeof(<column>) = 'text' AND length(<column>) = length(CAST(<column> AS BLOB))
+            AND <column> NOT GLOB '*[^ -~]*'
+        THEN <column>
         WHEN instr(CAST(<column> AS BLOB), x'00') THEN quote(CAST(<column> AS BLOB))
         -- As many characters as bytes, and none of these: printable ASCII. A byte of a sequence
         -- that stands alone counts as one character, and is among these.

@@ -113,8 +113,8 @@ class Ballast:
         """Make the file as large as the disk has plenty of room for; return whether it is held."""
         if self.held:
             return True
-        wanted = self._wanted_bytes()
-        if wanted <= self._held_bytes():
+        wanted, held = self._wanted_bytes(), self._held_bytes()
+        if wanted <= held:
             return wanted > 0
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -124,8 +124,10 @@ class Ballast:
             os.posix_fallocate(descriptor, 0, wanted)
         except OSError:
             # No room after all, or a file system without allocation: go on without.
-            self._path.unlink(missing_ok=True)
-            return False
+            if not held:
+                self._path.unlink(missing_ok=True)
+                return False
+            os.ftruncate(descriptor, held)
         finally:
             os.close(descriptor)
         return True

@@ -26,10 +26,12 @@ class Watched(Housekeeping):
         self._on_full = on_full
         self.rounds = 0
 
-    def make_room(self, writer: SpoolWriter, *, drop_oldest: bool) -> bool:
+    def make_room(
+        self, writer: SpoolWriter, *, drop_oldest: bool, stands_still: bool = True
+    ) -> bool:
         self.rounds += 1
         self._on_full(self.rounds)
-        return super().make_room(writer, drop_oldest=drop_oldest)
+        return super().make_room(writer, drop_oldest=drop_oldest, stands_still=stands_still)
 
 
 class WatchedInbox(Inbox):

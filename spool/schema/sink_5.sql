@@ -16,7 +16,7 @@ CREATE TABLE beat (
     detail      TEXT    NOT NULL   -- why it ended
 ) STRICT;
 
-INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 180, 'running', '');
+INSERT INTO beat VALUES (1, '', 0, 0, 0, CAST((julianday('now') - 2440587.5) * 86400e6 AS INTEGER), 420, 'running', '');
 
 DROP VIEW health;
 

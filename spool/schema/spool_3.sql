@@ -80,7 +80,7 @@ WITH wrong (subject, name, severity, since_us, detail, remedy) AS (
                 || '; the limit is ' || c.limit_s || ' s: it is dead, suspended, or waits for a lock on its file or for its disk'
         END,
         CASE c.state
-            WHEN 'stopped' THEN 'supervisorctl start collector'
+            WHEN 'stopped' THEN 'supervisorctl start collector; if it does not stay up: supervisorctl tail collector'
             ELSE 'supervisorctl status collector; supervisorctl tail collector; if it runs: supervisorctl restart collector'
         END
     FROM collector AS c, beat AS b WHERE c.state <> 'running'
@@ -109,7 +109,7 @@ WITH wrong (subject, name, severity, since_us, detail, remedy) AS (
                 || strftime('%Y-%m-%dT%H:%M:%SZ', beat_us / 1000000, 'unixepoch') || ': it is dead, suspended, or stuck'
         END,
         CASE
-            WHEN life = 'stopped' THEN 'supervisorctl start forwarder-' || sink
+            WHEN life = 'stopped' THEN 'supervisorctl start forwarder-' || sink || '; if it does not stay up: supervisorctl tail forwarder-' || sink
             ELSE 'supervisorctl status forwarder-' || sink || '; supervisorctl tail forwarder-' || sink
                 || '; if it runs: supervisorctl restart forwarder-' || sink
         END
