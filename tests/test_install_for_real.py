@@ -52,6 +52,10 @@ def pids(root: ThrowawayRoot) -> set[str]:
     return set(re.findall(r"pid (\d+)", root.run(CONTROL, "status").stdout))
 
 
+def all_ended(root: ThrowawayRoot) -> bool:
+    return root.run("pgrep", "--runstates", "D,R,S,T,t,I", "-u", "sluice").returncode == 1
+
+
 def spooled(root: ThrowawayRoot, directory: Path = SPOOL) -> int:
     query = "SELECT coalesce(sum(value), 0) FROM counter WHERE name = 'spooled'"
     database = str(directory / "spool.db")
@@ -153,7 +157,7 @@ def test_killed_at_any_step_it_works_when_run_again(fresh: ThrowawayRoot) -> Non
     assert result.returncode == 0, result.stdout + result.stderr
     assert running(fresh) == set(PROGRAMS)
     assert fresh.read(SETTINGS) == settings
-    assert [p.name for p in fresh.path("/etc/sluice").iterdir()] == ["sluice.env"]
+    assert not list(fresh.path("/etc/sluice").glob("sluice.env.*"))
     left = {p.name for p in fresh.path("/opt/sluice").iterdir()}
     assert left == {"app", "etc", "log", "run", "supervisord.conf", "venv", "venvs"}
 
@@ -161,15 +165,17 @@ def test_killed_at_any_step_it_works_when_run_again(fresh: ThrowawayRoot) -> Non
 # -------------------------------------------------------------------------------- the lock
 
 
+@pytest.mark.parametrize("owner", ["nobody", "root"])
 def test_a_link_in_the_directory_that_all_may_write_is_not_followed(
-    installed: ThrowawayRoot,
+    owner: str, installed: ThrowawayRoot
 ) -> None:
     installed.write("/root/victim", "precious")
     for name in ("sluice-install.lock", "sluice-install"):
         installed.check("ln", "-sfn", "/root/victim", f"/run/lock/{name}")
-        installed.check("chown", "-h", "nobody", f"/run/lock/{name}")
+        installed.check("chown", "-h", owner, f"/run/lock/{name}")
     with wrong_settings(installed):
-        assert installed.run(INSTALL).returncode == 1  # it has taken its lock by then
+        # It has taken its lock by then: nor can another user keep it from that.
+        assert "APP_ENV: 'NONE' is wrong" in installed.run(INSTALL).stderr
     assert installed.read("/root/victim") == "precious"
 
 
@@ -278,9 +284,9 @@ def test_files_that_root_has_copied_back_belong_to_sluice_again_and_no_other_doe
         installed.check("chmod", "600", SPOOL / name)
     # What a hostile program of that user might leave for root to give away, and another's file.
     installed.write("/root/victim", "precious", mode=0o600)
-    installed.check("ln", "-s", "/root/victim", SPOOL / "evil.db")
+    installed.check("ln", "-s", "/root/victim", SPOOL / "evil.lock")
     installed.write("/var/lib/linked", "precious", mode=0o600)
-    installed.check("ln", "/var/lib/linked", SPOOL / "hard.db")
+    installed.check("ln", "/var/lib/linked", SPOOL / "hard.lock")
     installed.write(SPOOL / "notes.txt", "root's own", mode=0o600)
     installed.check(CONTROL, "start", "collector")
     log = "/var/log/sluice/collector.log"
@@ -292,11 +298,13 @@ def test_files_that_root_has_copied_back_belong_to_sluice_again_and_no_other_doe
     assert owners.splitlines() == ["sluice:sluice 640"] * len(copied)
     for name in copied:
         assert f"{SPOOL}/{name} belonged to root:root, and belongs to sluice now" in result.stdout
-    assert f"{SPOOL}/hard.db belongs to root:root and has several names: it stays" in result.stderr
+    assert (
+        f"{SPOOL}/hard.lock belongs to root:root and has several names: it stays" in result.stderr
+    )
     for kept in ("/root/victim", "/var/lib/linked", SPOOL / "notes.txt"):
         assert installed.check("stat", "-c", "%U %a", kept) == "root 600\n"
     assert running(installed) == set(PROGRAMS)
-    installed.check("rm", SPOOL / "evil.db", SPOOL / "hard.db", SPOOL / "notes.txt")
+    installed.check("rm", SPOOL / "evil.lock", SPOOL / "hard.lock", SPOOL / "notes.txt")
 
 
 def test_a_directory_that_holds_other_things_is_not_taken(installed: ThrowawayRoot) -> None:
@@ -334,7 +342,7 @@ def test_a_program_that_ends_again_and_again_is_no_success(installed: ThrowawayR
 
 def test_without_supervisord_the_command_says_how_to_start_it(installed: ThrowawayRoot) -> None:
     installed.check(CONTROL, "shutdown")
-    wait_until(lambda: not installed.processes("sluice", "python"), SOON_S, "all have ended")
+    wait_until(lambda: all_ended(installed), SOON_S, "all have ended")
     # As after a restart of the machine.
     installed.check("rm", "-rf", "/run/sluice")
     refused = installed.run(CONTROL, "status")
@@ -358,3 +366,15 @@ def test_a_killed_supervisord_and_a_stranger_are_told_apart(installed: Throwaway
     assert "does not run" not in installed.run(CONTROL, "start", "no-such-program").stderr
     installed.check("pkill", "-KILL", "-u", "sluice")
     wait_until(lambda: "Start it:" in installed.run(CONTROL, "status").stderr, SOON_S, "it says so")
+
+
+def test_a_start_waits_for_a_supervisord_that_is_still_ending(installed: ThrowawayRoot) -> None:
+    before = pids(installed)
+    installed.check(CONTROL, "shutdown")
+    # Its socket is what another one would be told by; the orderly end takes a while.
+    installed.check("rm", "-rf", "/run/sluice")
+    installed.check("/opt/sluice/app/deploy/start.sh")
+    wait_until(lambda: running(installed) == set(PROGRAMS), SOON_S, "all programs run")
+    assert not pids(installed) & before
+    supervisords = installed.check("pgrep", "-u", "sluice", "-f", "bin/supervisord -c").split()
+    assert len(supervisords) == 1
