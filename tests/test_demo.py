@@ -185,7 +185,7 @@ def test_the_closing_hint_works_as_printed_without_sqlite3_and_fits_80_columns(
         check=False,
     )
     assert (shown.returncode, shown.stderr) == (0, "")
-    for word in ("pubsub", "bigquery", "delivered", "reason", "last_topic"):
+    for word in ("pubsub", "bigquery", "logged", "reason", "last_topic"):
         assert word in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
