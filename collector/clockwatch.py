@@ -23,7 +23,7 @@ REMEDY = (
 
 
 class ClockWatch:
-    """Compares the wall clock with the one that nobody can set.
+    """Compares the wall clock with the one that no program sets.
 
     Args:
         conditions: Where a step is told.

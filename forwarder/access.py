@@ -37,7 +37,7 @@ _checks: SharedCall[None] = SharedCall("an access token")
 
 
 def find_credentials(scopes: Sequence[str], key_file: str = "") -> Credentials:
-    """Return the credentials that the environment names, read anew; the authorities as well.
+    """Return the credentials that the environment names, read again; the authorities as well.
 
     Args:
         scopes: What they are for.

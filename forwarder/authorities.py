@@ -76,7 +76,7 @@ class Authorities:
         )
 
     def renewed(self) -> bytes:
-        """Return the certificates as PEM, read anew; requests has them from now on, too.
+        """Return the certificates as PEM, read again; requests has them from now on, too.
 
         Raises:
             FaultError: A file that is named cannot be read, or has none.
@@ -150,7 +150,7 @@ def use(environ: MutableMapping[str, str], own_file: Path | None) -> str:
 
 
 def renewed() -> bytes | None:
-    """Return the process's list, read anew; None where each library has its own.
+    """Return the process's list, read again; None where each library has its own.
 
     Raises:
         FaultError: A file that is named cannot be read, or has none.

@@ -1,4 +1,4 @@
-"""What to report for a request that Pub/Sub has refused. Talks to nobody."""
+"""What to report for a request that Pub/Sub has refused. Makes no call."""
 
 from forwarder.faults import CREDENTIALS_REMEDY, Blame
 from forwarder.recreated import create_topic

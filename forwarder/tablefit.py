@@ -1,4 +1,4 @@
-"""Whether the table that the service describes takes our rows. Talks to nobody."""
+"""Whether the table that the service describes takes our rows. Makes no call."""
 
 from collections.abc import Sequence
 from typing import Any

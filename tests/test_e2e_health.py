@@ -67,7 +67,7 @@ def test_each_process_that_is_missing_is_told_and_its_return_as_well() -> None:
 
         collector = rig.programs[COLLECTOR]
         collector.signal(signal.SIGSTOP)
-        # Only the collector: that nobody looks at the forwarders says nothing of them.
+        # Only the collector: no look at the forwarders says nothing of them.
         wait_for(rig, ("collector", "collector_silent", "CRITICAL"))
         assert str(collector.pid) in row(rig, "collector_silent")["detail"]
         line = rig.books.backlog("pubsub")
