@@ -1,4 +1,4 @@
-"""The forwarder's loop turns: told to the watchdog, and as a sign of life to the other processes."""
+"""The forwarder's loop turns: told to the watchdog, and as a sign of life in the sink's file."""
 
 from lifecycle import Watchdog
 from spool import SinkState
