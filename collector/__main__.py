@@ -48,6 +48,7 @@ from spool import (
     SinkProgress,
     SpoolError,
     SpoolWriter,
+    StorageFaultError,
     UnreadableFileError,
     WrongEnvironmentError,
     claim_environment,
@@ -107,7 +108,7 @@ def _run_with_spool(settings: Settings, stop: StopRequest) -> None:
         raise
     except Exception as error:
         # Also over what the writer thread has said at its orderly end, which was not the reason.
-        if not stop.requested:
+        if not (stop.requested or isinstance(error, StorageFaultError)):
             with contextlib.suppress(SpoolError):
                 writer.beat.end("failed", str(error) or type(error).__name__)
         raise

@@ -30,6 +30,7 @@ from spool import (
     Salvage,
     SpoolError,
     SpoolWriter,
+    StorageFaultError,
     event_id,
 )
 
@@ -126,8 +127,10 @@ class Store:
             self.failure = error
             # First of all: where the file is locked, only a stop ends the wait.
             self._stop.request("the writer thread failed")
-            with contextlib.suppress(SpoolError):
-                self._writer.beat.end("failed", str(error) or type(error).__name__)
+            # Not after a fault of the disk: what is in the log then is for the next start to judge.
+            if not isinstance(error, StorageFaultError):
+                with contextlib.suppress(SpoolError):
+                    self._writer.beat.end("failed", str(error) or type(error).__name__)
 
     def _farewell(self) -> None:
         self._notices.flush(at_end=True)
