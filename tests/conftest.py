@@ -1,5 +1,6 @@
 """What a failed end-to-end test shows: the last words of every process that it ran."""
 
+import os
 from collections.abc import Generator
 
 import pytest
@@ -29,3 +30,11 @@ def _cores_stay_as_they_are() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle.program, "_leave_no_core", lambda: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _umask_stays_as_it_is() -> Generator[None]:
+    """A program that a test runs in this very process sets its own, for all that follow."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)

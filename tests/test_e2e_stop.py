@@ -95,6 +95,7 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "MQTT_TLS_CA_FILE": "/does/not/exist",
         "MQTT_TLS_CERT_FILE": "/does/not/exist",
         "MQTT_TLS_KEY_FILE": "/does/not/exist",
+        "CLOUD_CA_FILE": "/does/not/exist",
         "INSTANCE_ID": "-",
         "SPOOL_DIR": "somewhere",
         "SPOOL_MAX_BYTES": "lots",
