@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Sequence
 
-from spool.records import READING_COLUMNS, NewReading, Rejection
+from spool.records import LAST_SEQ, READING_COLUMNS, NewReading, Rejection
 
 REJECTED_KEPT_ROWS = 10_000
 REJECTED_KEPT_BYTES = 32 * 1024 * 1024
@@ -28,11 +28,11 @@ KEPT_BYTES = "rejected_kept_bytes"
 """The counter of what the ring holds."""
 
 
-_INSERT_READING = f"INSERT INTO reading_row ({READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
+_INSERT_READING = f"INSERT INTO reading_row (seq, {READING_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - our own constant
 _TOGETHER = 50
 """Readings of one INSERT."""
 
-_INSERT_TOGETHER = ",".join([_INSERT_READING, *["(?,?,?,?,?,?,?,?,?,?)"] * (_TOGETHER - 1)])
+_INSERT_TOGETHER = ",".join([_INSERT_READING, *["(?,?,?,?,?,?,?,?,?,?,?)"] * (_TOGETHER - 1)])
 _INSERT_REJECTED = (
     "INSERT INTO rejected_row (received_us, reason, detail, topic, payload, payload_bytes, qos, "
     "retained) VALUES (?,?,?,?,?,?,?,?)"
@@ -45,32 +45,51 @@ SET_META = (
     "INSERT INTO meta (key, value) VALUES (?, ?) "
     "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 )
+SET_COUNTER = (
+    "INSERT INTO counter (name, value) VALUES (?, ?) "
+    "ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+)
 ADD_COUNTER = (
     "INSERT INTO counter (name, value) VALUES (?, ?) "
     "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
 )
 
 
-def insert_readings(conn: sqlite3.Connection, readings: Sequence[NewReading]) -> None:
-    """Insert in the order given.
+def insert_readings(
+    conn: sqlite3.Connection, readings: Sequence[NewReading], after_seq: int
+) -> int:
+    """Insert in the order given; return the last seq.
 
     A statement for each costs nearly twice as much: for each the module lets go of the
-    interpreter's lock, and SQLite looks up and notes the last seq.
+    interpreter's lock.
+
+    Args:
+        conn: Within a transaction.
+        readings: At least one.
+        after_seq: The highest seq ever given.
     """
     together = len(readings) - len(readings) % _TOGETHER
     for start in range(0, together, _TOGETHER):
-        conn.execute(_INSERT_TOGETHER, _parameters(readings[start : start + _TOGETHER]))
-    conn.executemany(_INSERT_READING, readings[together:])
+        part = readings[start : start + _TOGETHER]
+        conn.execute(_INSERT_TOGETHER, _parameters(part, after_seq + start))
+    rest = enumerate(readings[together:], after_seq + together + 1)
+    conn.executemany(_INSERT_READING, [(seq, *reading) for seq, reading in rest])
+    last_seq = after_seq + len(readings)
+    conn.execute(SET_COUNTER, (LAST_SEQ, last_seq))
+    return last_seq
 
 
-def _parameters(readings: Sequence[NewReading]) -> list[object]:
+def _parameters(readings: Sequence[NewReading], after_seq: int) -> list[object]:
     """Return all columns of all ``readings`` in one list."""
     flat: list[object] = []
+    seq = after_seq
     for identity, received, timestamp, site, sensor, tag, value, topic, payload, crc in readings:
+        seq += 1
         # For bytes the module looks for an adapter, twice in vain and each time at 0.2 µs; for
         # a bytearray it does not (need_adapt() in CPython's cursor.c), and stores the same.
         names = (site, sensor, tag)
         flat += (
+            seq,
             bytearray(identity),
             received,
             timestamp,

@@ -63,6 +63,11 @@ def _spool_3(db: Database) -> None:
     _run_script(db, "spool_3.sql", 3)
 
 
+@spool_migrations(name="4")
+def _spool_4(db: Database) -> None:
+    _run_script(db, "spool_4.sql", 4)
+
+
 @sink_migrations(name="1")
 def _sink_1(db: Database) -> None:
     _run_script(db, "sink_1.sql", 1)

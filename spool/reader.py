@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from spool.bell import Listener
+from spool.check import last_seq_in_order
 from spool.connection import format_version, open_reader
 from spool.errors import (
     CorruptFileError,
@@ -156,14 +157,15 @@ class SpoolReader:
         return str(row[0]) if row else ""
 
     def last_seq(self) -> int:
-        """Return the highest seq ever given in this epoch; 0 in a new file."""
+        """Return the highest seq ever given in this epoch; 0 in a new file.
+
+        Raises:
+            StorageFaultError: It cannot be read; CorruptFileError if it is damaged.
+        """
         try:
-            row = self._conn.execute(
-                "SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'"
-            ).fetchone()
+            return last_seq_in_order(self._conn, self.path)
         except sqlite3.Error as error:
             raise translated(error, "read the last seq", self.path) from error
-        return int(row[0]) if row else 0
 
     def read_after(self, seq: int, max_rows: int, max_bytes: int) -> list[Reading]:
         """Return the readings that follow ``seq``, oldest first.

@@ -25,6 +25,16 @@ SEQ, EVENT_ID, RECEIVED_US, TIMESTAMP_US, SITE_CODE = range(5)
 TOPIC, PAYLOAD = 8, 9
 
 EVENT_ID_BYTES = 16
+
+LAST_SEQ = "last_seq"
+"""The counter of the spool that holds the highest seq ever given in its epoch."""
+
+SELECT_LAST_SEQ = (
+    f"SELECT coalesce((SELECT value FROM counter WHERE name = '{LAST_SEQ}'), "  # noqa: S608 - our own constant
+    "(SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'), 0)"
+)
+"""The second one is for a spool that its collector has not yet brought to format 4."""
+
 _pack_numbers = struct.Struct("<qqd").pack
 _INTEGER_BOUND = 2**63
 """SQLite's integers are below this."""

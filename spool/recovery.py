@@ -244,12 +244,14 @@ def _facts(images: PageImages) -> _Facts:
 
 
 def _note(facts: _Facts, record: list[Value], *, in_table: bool) -> None:
-    """Keep what the record says, if it is of meta, counter or sqlite_sequence."""
+    """Keep what the record says, if it is of meta, counter or (before format 4) sqlite_sequence."""
     match record:
         case ["reading_row", int(seq)] if in_table:
             facts.last_seq = max(facts.last_seq, seq)
         case [str(key), str(value)] if not in_table:
             facts.meta[key] = value
+        case ["last_seq", int(seq)] if not in_table:
+            facts.last_seq = max(facts.last_seq, seq)
         case [str(name), int(count)] if not in_table:
             facts.counters[name] = count
 

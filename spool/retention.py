@@ -13,8 +13,15 @@ takes longer than this is halved, down to a sixteenth."""
 
 PRUNE_STEP_HALVINGS = 4
 
-ALONG_MIN_ROWS = 200
-"""Fewer do not fill the pages that deleting them changes."""
+WORTH_ROWS = 2_000
+"""A step of pruning changes half a dozen pages besides those that it frees; so fewer rows wait for
+more to come, or for a quiet moment: at 200 readings a second, 10 s."""
+
+QUIET_S = 1.0
+"""So long after the last reading, fewer leave as well."""
+
+FEW_EACH_S = 5.0
+"""And no sooner after the last few: one reading a second is not one step a second."""
 
 ALONG_MAX_ROWS = 10_000
 ALONG_PER_READING = 2
@@ -44,7 +51,7 @@ class Retention:
         positions = [p.position_in(writer.epoch) for p in sinks if p.enabled]
         return min(positions, default=writer.last_seq())
 
-    def prune_step(
+    def prune_step(  # noqa: PLR0913 - how much at most and at least
         self,
         writer: SpoolWriter,
         sinks: Sequence[SinkProgress],
@@ -52,6 +59,7 @@ class Retention:
         *,
         pressure: bool,
         max_rows: int | None = None,
+        min_rows: int = 1,
     ) -> int:
         """Delete one step of what all sinks have and is old enough; return how many rows.
 
@@ -61,6 +69,7 @@ class Retention:
             now_us: The time, in microseconds since 1970.
             pressure: Space is short: delivered rows go whatever their age.
             max_rows: At most so many; PRUNE_STEP_ROWS where it is not given.
+            min_rows: None at all, where fewer are old enough; without a meaning under pressure.
         """
         slowest = self.slowest(writer, sinks)
         first = writer.first_seq()
@@ -70,7 +79,8 @@ class Retention:
         if pressure:
             return writer.delete_through(through, "pruned")
         cutoff_us = now_us - self.keep_us
-        if writer.received_us(first) >= cutoff_us:
+        least = first + min_rows - 1
+        if slowest < least or writer.received_us(least) >= cutoff_us:
             return 0
         return writer.delete_through(through, "pruned", older_than_us=cutoff_us)
 
@@ -80,7 +90,7 @@ class Retention:
         """Have the next batch prune up to ``max_rows``; return whether there are enough to go."""
         first = writer.first_seq()
         through = min(self.slowest(writer, sinks), first + max_rows - 1)
-        least = first + ALONG_MIN_ROWS - 1
+        least = first + WORTH_ROWS - 1
         cutoff_us = now_us - self.keep_us
         if through < least or writer.received_us(least) >= cutoff_us:
             return False
@@ -118,6 +128,8 @@ class Pruner:
         self._turned_at = clock()
         self._allowed_rows = 0
         self._halvings = 0
+        self._came_at = float("-inf")
+        self._few_at = float("-inf")
         self.busy = False
         """Whether readings have come since the turn before the last one."""
         self.along = False
@@ -139,11 +151,21 @@ class Pruner:
         passed_s = now - self._turned_at
         self._last_seq, self._turned_at = last_seq, now
         self.busy = came > 0
+        if came:
+            self._came_at = now
         # What was allowed before may be needed again by a sink whose file was lost since.
         writer.prune_along(0, 0)
         if pressure or not self.busy:
             self.along = False
-            return self._step(writer, sinks, now_us, ALONG_PER_READING * came, pressure=pressure)
+            few = now - self._came_at >= QUIET_S and now - self._few_at >= FEW_EACH_S
+            return self._step(
+                writer,
+                sinks,
+                now_us,
+                few=few,
+                came=came,
+                pressure=pressure,
+            )
         self._allowed_rows += ALONG_PER_READING * came + int(ALONG_PER_S * passed_s)
         self._allowed_rows = min(self._allowed_rows, ALONG_MAX_ROWS)
         self.along = self._retention.prune_along(writer, sinks, now_us, self._allowed_rows)
@@ -151,20 +173,29 @@ class Pruner:
             self._allowed_rows = 0
         return 0
 
-    def _step(
+    def _step(  # noqa: PLR0913 - what a turn has found out
         self,
         writer: SpoolWriter,
         sinks: Sequence[SinkProgress],
         now_us: int,
-        min_rows: int,
         *,
+        few: bool,
+        came: int,
         pressure: bool,
     ) -> int:
-        max_rows = max(PRUNE_STEP_ROWS >> self._halvings, min_rows)
+        max_rows = max(PRUNE_STEP_ROWS >> self._halvings, ALONG_PER_READING * came)
+        worth = min(WORTH_ROWS, max_rows)
         begun = self._clock()
         gone = self._retention.prune_step(
-            writer, sinks, now_us, pressure=pressure, max_rows=max_rows
+            writer,
+            sinks,
+            now_us,
+            pressure=pressure,
+            max_rows=max_rows,
+            min_rows=1 if few else worth,
         )
+        if 0 < gone < worth:
+            self._few_at = begun
         took_s = self._clock() - begun
         if took_s > PRUNE_STEP_S:
             self._halvings = min(self._halvings + 1, PRUNE_STEP_HALVINGS)

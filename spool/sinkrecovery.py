@@ -15,16 +15,16 @@ from spool.connection import open_reader
 from spool.errors import CorruptFileError, SpoolError
 from spool.files import SIDE_SUFFIXES, sink_path, spool_path
 from spool.progress import LOGGED
-from spool.records import READING_COLUMNS, lenient_text, presentable
+from spool.records import READING_COLUMNS, SELECT_LAST_SEQ, lenient_text, presentable
 
 RESTORED = "restored"
 """The counter of how often this sink's file was set aside and begun again."""
 
 _SNAPSHOT = (
-    "SELECT m.value, coalesce((SELECT min(seq) FROM reading_row), q.seq + 1), p.cursor_seq, "
+    "SELECT m.value, coalesce((SELECT min(seq) FROM reading_row), q.seq + 1), p.cursor_seq, "  # noqa: S608 - our own constant
     "p.delivered, p.dead_letters, p.dropped, p.as_of_us "
-    "FROM sink_progress AS p, meta AS m, sqlite_sequence AS q WHERE p.sink = ? "
-    "AND m.key = 'epoch' AND q.name = 'reading_row' AND p.cursor_seq <= q.seq"
+    f"FROM sink_progress AS p, meta AS m, ({SELECT_LAST_SEQ} AS seq) AS q "
+    "WHERE p.sink = ? AND m.key = 'epoch' AND p.cursor_seq <= q.seq"
 )
 _LOGGED = "SELECT logged FROM sink_progress WHERE sink = ?"
 """Apart: a spool that its collector has not yet brought to this release's format has none."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from spool.beat import COLLECTOR_LIMIT_S, OwnerBeat
 from spool.bell import Bell, open_bell
 from spool.brokerlink import LinkState
+from spool.check import check_readable, last_seq_in_order
 from spool.conditions import Condition, load_conditions, write_conditions
 from spool.connection import format_version, open_owner, refuse_orphaned_log
 from spool.deletion import delete_readings
-from spool.errors import CorruptFileError, NewerFormatError, translated
+from spool.errors import NewerFormatError, translated
 from spool.files import spool_path
 from spool.insertion import (
     ADD_COUNTER,
@@ -29,10 +30,7 @@ from spool.progress import SET_PROGRESS, SinkProgress
 from spool.records import PAYLOAD, NewReading, Rejection
 from spool.spoolmaking import migrate_spool
 
-SPOOL_FORMAT = 3
-
-CHECK_ROWS = 20_000
-"""More than any sink reads at once."""
+SPOOL_FORMAT = 4
 
 PAGES_OF_A_COMMIT = 4
 """The last page of readings, the counters, the last seq."""
@@ -74,6 +72,7 @@ class SpoolWriter:
         """About so many have been added to the write-ahead log since the last checkpoint."""
         meta = dict(conn.execute("SELECT key, value FROM meta"))
         self.epoch: str = meta["epoch"]
+        self._last_seq = last_seq_in_order(conn, path)
         self._conditions = load_conditions(conn)
         self._sink_conditions: list[tuple[object, ...]] | None = None
         self.beat = OwnerBeat(self._transaction, COLLECTOR_LIMIT_S)
@@ -179,6 +178,7 @@ class SpoolWriter:
             meta: What else to remember in the same step.
         """
         along, self._along = self._along, None
+        last_seq = self._last_seq
         with self._transaction("append") as conn:
             if along is not None:
                 # Before the new rows, which then take the pages that these leave.
@@ -186,7 +186,7 @@ class SpoolWriter:
                 deleted = delete_readings(conn, seq, "pruned", older_than_us)
                 self._log_pages += deleted // ROWS_OF_A_DELETED_PAGE
             if readings:
-                insert_readings(conn, readings)
+                last_seq = insert_readings(conn, readings, self._last_seq)
             dropped = (
                 insert_rejections(conn, rejections, self.rejected_max_bytes) if rejections else 0
             )
@@ -197,6 +197,7 @@ class SpoolWriter:
                 self._set_progress(conn, progress)
             if meta:
                 conn.executemany(SET_META, list(meta.items()))
+        self._last_seq = last_seq
         size = sum(map(len, map(_payload, readings))) + sum(len(r[4]) for r in rejections)
         self._log_pages += (size + BYTES_OF_A_ROW * len(readings)) // self._page_bytes
         if readings:
@@ -249,7 +250,7 @@ class SpoolWriter:
 
     def last_seq(self) -> int:
         """Return the highest seq ever given in this epoch; 0 in a new file."""
-        return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'reading_row'")
+        return self._last_seq
 
     def received_us(self, seq: int) -> int:
         """Return when the reading ``seq`` was received; 0 if it is not there."""
@@ -288,18 +289,7 @@ class SpoolWriter:
         Raises:
             CorruptFileError: It cannot be read; so the file is damaged, and not that process.
         """
-        self._value(
-            "SELECT sum(length(hex(payload)) + length(topic)) FROM (SELECT payload, topic FROM "
-            "reading_row WHERE seq > ? ORDER BY seq LIMIT ?)",
-            (after_seq, CHECK_ROWS),
-        )
-        holes = self._value(
-            "SELECT count(*) FROM (SELECT seq - lag(seq) OVER (ORDER BY seq) AS step FROM (SELECT "
-            "seq FROM reading_row WHERE seq > ? ORDER BY seq LIMIT ?)) WHERE step <> 1",
-            (after_seq, CHECK_ROWS),
-        )
-        if holes:
-            raise CorruptFileError(f"{self.path} is damaged: numbers are not in order", self.path)
+        check_readable(self._conn, self.path, after_seq)
 
     def used_bytes(self) -> int:
         """Return how many bytes of the database hold something (free pages do not count)."""

@@ -296,7 +296,7 @@ def test_a_spool_older_than_what_was_delivered_ahead_is_an_alarm(bench: Bench) -
     sink = PlainSink("S2")
     bench.drain(sink, lambda: len(sink.acknowledged) >= 40)
     edit(spool_path(bench.directory), "DELETE FROM reading_row WHERE seq > 50")
-    edit(spool_path(bench.directory), "UPDATE sqlite_sequence SET seq = 50")
+    edit(spool_path(bench.directory), "UPDATE counter SET value = 50 WHERE name = 'last_seq'")
     with pytest.raises(CursorAheadError, match="stands at seq 60"):
         bench.drain(sink)
 

@@ -18,6 +18,7 @@ from spool import (
     sink_path,
     spool_path,
 )
+from spool.retention import FEW_EACH_S
 from tests.collector_parts import (
     MIB,
     Logbook,
@@ -103,7 +104,7 @@ def test_pruning_stays_behind_the_slowest_enabled_sink(house: House) -> None:
     house.turn()
     assert house.left == (5, 10)
     house.deliver(7, "bigquery")
-    house.turn(PROGRESS_INTERVAL_S)
+    house.turn(FEW_EACH_S)
     assert house.left == (8, 10)
     assert house.writer.counter("pruned") == 7
 
@@ -143,10 +144,10 @@ def test_delivered_rows_stay_for_the_retention(house: House) -> None:
     house.turn()
     assert house.left == (1, 10)
     house.now_us += 1
-    house.turn()
+    house.turn(FEW_EACH_S)
     assert house.left == (6, 10)
     house.now_us += 1000
-    house.turn()
+    house.turn(FEW_EACH_S)
     assert house.left == (11, 10)
 
 

@@ -13,11 +13,13 @@ from collector.housekeeping import RETURN_SPACE_BUSY_INTERVAL_S, Housekeeping
 from spool import Ballast, Budget, Pruner, Retention, SinkProgress, SpoolWriter, StorageFaultError
 from spool.retention import (
     ALONG_MAX_ROWS,
-    ALONG_MIN_ROWS,
     ALONG_PER_READING,
+    FEW_EACH_S,
     PRUNE_STEP_HALVINGS,
     PRUNE_STEP_ROWS,
     PRUNE_STEP_S,
+    QUIET_S,
+    WORTH_ROWS,
 )
 from tests.collector_parts import Clock
 from tests.test_spool_writer import look, new_reading, progress
@@ -62,6 +64,7 @@ def busy(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
     """A spool of rows that are due, and a pruner that has seen readings come."""
     plant.come(5000, DUE)
     monkeypatch.setattr(spool.retention, "PRUNE_STEP_ROWS", 100)
+    monkeypatch.setattr(spool.retention, "WORTH_ROWS", 200)
     assert plant.turn() == 100
     return plant
 
@@ -109,11 +112,11 @@ def test_a_batch_takes_the_pages_of_the_rows_that_leave_with_it(tmp_path: Path) 
 
 def test_rows_that_are_young_do_not_leave_with_a_batch(plant: Plant) -> None:
     plant.turn()
-    plant.come(300, DUE)
+    plant.come(WORTH_ROWS, DUE)
     plant.come(1000)
     plant.turn()
     plant.come(1)
-    assert plant.gone == 300
+    assert plant.gone == WORTH_ROWS
 
 
 def test_pruning_keeps_up_with_any_rate_and_catches_up(busy: Plant) -> None:
@@ -135,7 +138,7 @@ def test_rows_leave_in_numbers_that_are_worth_it(busy: Plant) -> None:
         busy.come(10)
         busy.turn()
         moves.append(busy.gone - before)
-    assert {move for move in moves if move} == {ALONG_MIN_ROWS}
+    assert {move for move in moves if move} == {200}
 
 
 def test_time_allows_pruning_too_so_that_a_trickle_catches_up(busy: Plant) -> None:
@@ -162,13 +165,36 @@ def test_no_batch_has_more_to_prune_than_the_limit(
 
 def test_few_rows_wait_until_nothing_comes(plant: Plant) -> None:
     plant.turn()
-    plant.come(ALONG_MIN_ROWS - 1, DUE)
+    plant.come(WORTH_ROWS - 1, DUE)
     for _ in range(10):
         plant.come(50)
         assert plant.turn() == 0
+        plant.clock.now_s += QUIET_S / 2
+        assert plant.turn() == 0, "between two readings"
     assert plant.gone == 0
-    assert plant.turn() == ALONG_MIN_ROWS - 1
+    plant.clock.now_s += QUIET_S
+    assert plant.turn() == WORTH_ROWS - 1
     assert plant.turn() == 0
+
+
+def test_readings_far_apart_do_not_leave_one_by_one(plant: Plant) -> None:
+    plant.turn()
+    steps = []
+    for _ in range(30):
+        plant.come(1, DUE)
+        plant.turn()
+        plant.clock.now_s += 1.01 * QUIET_S  # of floats
+        steps.append(plant.turn())
+    assert sum(steps) >= 25
+    assert len([rows for rows in steps if rows]) <= 30 * 1.01 * QUIET_S / FEW_EACH_S + 1
+
+
+def test_on_a_slow_disk_small_steps_follow_one_another(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool.retention, "PRUNE_STEP_ROWS", 100)
+    plant.come(1000, DUE)
+    assert [plant.turn() for _ in range(11)] == [100] * 10 + [0]
 
 
 def test_when_space_is_short_rows_leave_at_once_and_as_many_as_come(busy: Plant) -> None:

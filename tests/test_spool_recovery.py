@@ -462,7 +462,23 @@ def test_a_flipped_bit_in_a_rows_number_is_corruption_and_moves_no_cursor_past_i
 
 
 def test_a_number_that_was_never_given_is_corruption(tmp_path: Path) -> None:
-    SpoolWriter.open(tmp_path).append([new_reading(1)], [], {})
-    edit(spool_path(tmp_path), "UPDATE sqlite_sequence SET seq=0 WHERE name='reading_row'")
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(1)], [], {})
+    edit(spool_path(tmp_path), "UPDATE counter SET value = 0 WHERE name = 'last_seq'")
     with pytest.raises(CorruptFileError):
         SpoolReader.open(tmp_path).read_after(0, 1, 10**9)
+    with pytest.raises(CorruptFileError):
+        writer.check_readable(0)  # as a forwarder that met it has its owner do
+    writer.close()
+
+
+def test_an_owner_finds_at_its_start_that_the_last_number_is_damaged(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n) for n in range(3)], [], {})
+    writer.close()
+    for damaged in ("value - 1", "value + 1 + (1 << 40)"):
+        edit(spool_path(tmp_path), f"UPDATE counter SET value = {damaged} WHERE name = 'last_seq'")  # noqa: S608 - our own
+        with pytest.raises(CorruptFileError, match="last number that was given"):
+            SpoolWriter.open(tmp_path)
+        with pytest.raises(CorruptFileError, match="last number that was given"):
+            SpoolReader.open(tmp_path).last_seq()  # no gap is noted for it
