@@ -92,7 +92,7 @@ class OwnerBeat:
 
     def write_if_due(self, conn: sqlite3.Connection) -> None:
         """Write one within a transaction that is made anyway, if one is due."""
-        if self._clock() - self._at >= RIDE_FROM_S:
+        if self.due or self._clock() - self._at >= RIDE_FROM_S:
             self.write(conn)
 
     def turn(self) -> None:

@@ -204,12 +204,12 @@ class SpoolWriter:
             self._bell.ring()
 
     def write_progress(self, progress: Sequence[SinkProgress]) -> None:
-        """Store a snapshot of the sinks, and a sign of life."""
+        """Store a snapshot of the sinks, and a sign of life if one is due."""
         with self._transaction("store the sinks' progress") as conn:
             self._set_progress(conn, progress)
 
     def _set_progress(self, conn: sqlite3.Connection, progress: Sequence[SinkProgress]) -> None:
-        self.beat.write(conn)
+        self.beat.write_if_due(conn)
         conn.execute("UPDATE sink_progress SET enabled = 0")  # what is gone leaves the backlog
         conn.executemany(SET_PROGRESS, [p.row(self.epoch) for p in progress])
         rows = [row for p in progress if p.enabled for row in p.condition_rows()]
