@@ -8,6 +8,7 @@ by the content what is good, because nothing else is checked.
 
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -25,8 +26,10 @@ _INDEX_INTERIOR = 0x02
 
 _MAGIC = b"SQLite format 3\0"
 _PAGE_SIZE_AT = 16
-_USUAL_PAGE_BYTES = 4096
-_LARGEST_PAGE = 65_536
+_SMALLEST_PAGE, _LARGEST_PAGE = 512, 65_536
+_SAMPLES = 64
+"""So many pieces of the database show how large its pages are, where no header does."""
+
 _LOG_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
 _SALTS = slice(16, 24)
@@ -61,7 +64,8 @@ class PageImages:
             raise
         log_header = self._read(1, 0, _LOG_HEADER_BYTES) if len(self._files) > 1 else b""
         self._salts = log_header[_SALTS]
-        self.page_bytes = _page_bytes(self._read(0, 0, _LOG_HEADER_BYTES), log_header)
+        named = _named_page_bytes(self._read(0, 0, _LOG_HEADER_BYTES), log_header)
+        self.page_bytes = named or self._seen_page_bytes()
         self._in_database = os.fstat(self._files[0]).st_size // self.page_bytes
         self.count = self._in_database
         self._in_log: dict[int, list[int]] = {}
@@ -71,6 +75,19 @@ class PageImages:
             for image in range(self._in_database, self.count):
                 header = self._frame_header(image)
                 self._in_log.setdefault(int.from_bytes(header[:4], "big"), []).append(image)
+
+    def _seen_page_bytes(self) -> int:
+        """Return the size that most leaves of tables have, in samples of the database."""
+        pieces = os.fstat(self._files[0]).st_size // _LARGEST_PAGE + 1
+        seen: Counter[int] = Counter({_SMALLEST_PAGE: 0})
+        for piece in range(0, pieces, max(1, pieces // _SAMPLES)):
+            data = self._read(0, piece * _LARGEST_PAGE, _LARGEST_PAGE)
+            size = _SMALLEST_PAGE
+            while size <= _LARGEST_PAGE:
+                pages = (data[at : at + size] for at in range(0, len(data), size))
+                seen[size] += sum(map(_is_filled_leaf, pages))
+                size *= 2
+        return max(seen, key=lambda size: seen[size])
 
     def close(self) -> None:
         """Close the files."""
@@ -130,12 +147,31 @@ class PageImages:
         return b""  # a bad sector: as good as a page of garbage
 
 
-def _page_bytes(header: bytes, log_header: bytes) -> int:
-    sizes = [int.from_bytes(log_header[8:12], "big"), _USUAL_PAGE_BYTES]
+def _named_page_bytes(header: bytes, log_header: bytes) -> int:
+    """Return the size of pages that a header names; 0 if none does."""
+    sizes = [int.from_bytes(log_header[8:12], "big")]
     if header.startswith(_MAGIC):
         size = int.from_bytes(header[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 2], "big")
         sizes.insert(0, _LARGEST_PAGE if size == 1 else size)
-    return next(s for s in sizes if 512 <= s <= _LARGEST_PAGE and s & (s - 1) == 0)  # noqa: PLR2004 - the format's smallest
+    possible = (s for s in sizes if _SMALLEST_PAGE <= s <= _LARGEST_PAGE and s & (s - 1) == 0)
+    return next(possible, 0)
+
+
+def _is_filled_leaf(page: bytes) -> bool:
+    """Return whether this may be a whole leaf of a table.
+
+    Cells are laid down from the end of the page. Of half a page they point beyond its end, and of
+    two pages taken for one all are in the first half.
+    """
+    if page[:1] != bytes((TABLE_LEAF,)):
+        return False
+    count = int.from_bytes(page[3:5], "big")
+    pointers_end = 8 + 2 * count
+    if not count or pointers_end > len(page):
+        return False
+    places = struct.unpack_from(f">{count}H", page, 8)
+    least, most = min(places), max(places)
+    return bool(least >= pointers_end and len(page) // 2 <= most < len(page))
 
 
 def cells(page: bytes) -> list[int]:

@@ -17,6 +17,7 @@ from spool import (
     claim_environment,
     spool_path,
 )
+from spool.writer import PAGE_BYTES
 from tests.test_drain import TRANSIENT, Bench, RandomSink, ScriptedSink, everything_delivered
 from tests.test_spool_writer import edit, look
 
@@ -145,8 +146,8 @@ def test_a_damaged_spool_is_told_in_the_status(bench: Bench) -> None:
     bench.writer.checkpoint()
     bench.writer.close()
     with spool_path(bench.directory).open("r+b") as file:
-        file.seek(20 * 4096)
-        file.write(b"\xff" * 200 * 4096)
+        file.seek(20 * PAGE_BYTES)
+        file.write(b"\xff" * 200 * PAGE_BYTES)
     sink = RandomSink(1, 0.0)
     with pytest.raises(StorageFaultError):
         bench.drain(sink, lambda: False)

@@ -22,6 +22,7 @@ from spool import (
 )
 from spool.locks import REMINDER_S, STOP_PATIENCE_S, TELL_AFTER_S
 from spool.readers import lock_holders
+from spool.writer import PAGE_BYTES
 from tests.harness import COLLECTOR, Rig, wait_until
 from tests.test_spool_writer import look, new_reading
 
@@ -156,7 +157,7 @@ def test_space_is_returned_and_files_are_migrated_behind_a_lock(
     free = writer.free_bytes()
     with shell(writer.path) as holder:
         hands.at = {30.0: holder}
-        writer.return_space(100 * 4096)
+        writer.return_space(100 * PAGE_BYTES)
     assert writer.free_bytes() < free
     with sqlite3.connect(sink_path(tmp_path, "pubsub")) as conn:
         conn.execute("PRAGMA journal_mode=WAL")

@@ -190,13 +190,14 @@ def test_the_bound_is_lower_where_the_disk_has_no_room_to_work_the_log_off(
 
 def test_while_it_is_pinned_no_commit_makes_a_checkpoint(writer: SpoolWriter) -> None:
     conn = writer._conn  # noqa: SLF001 - the pragma of this very connection is the claim
+    usual = conn.execute("PRAGMA wal_autocheckpoint").fetchone()
     watched = Watched()
     with pager(writer.path):
         grow(writer, 2 * KEPT)
         watched.looks(writer)
         assert conn.execute("PRAGMA wal_autocheckpoint").fetchone() == (0,)
     watched.looks(writer, 1)
-    assert conn.execute("PRAGMA wal_autocheckpoint").fetchone() == (1500,)
+    assert conn.execute("PRAGMA wal_autocheckpoint").fetchone() == usual != (0,)
 
 
 def test_costly_tries_are_few_unless_a_reader_has_left(writer: SpoolWriter) -> None:

@@ -76,8 +76,9 @@ def test_every_row_is_read_as_sqlite_reads_it(tmp_path: Path, page_bytes: int) -
     assert all(texts[str(key)] == value for key, value in pairs)
 
 
-def test_the_page_size_is_the_usual_one_where_the_header_is_garbage(tmp_path: Path) -> None:
-    made = make(tmp_path / "a", 4096)
+@pytest.mark.parametrize("page_bytes", [512, 1024, 2048, 4096, 65_536])
+def test_the_page_size_is_seen_where_the_header_is_garbage(tmp_path: Path, page_bytes: int) -> None:
+    made = make(tmp_path / "a", page_bytes)
     with (tmp_path / "a").open("r+b") as file:
         file.write(random.Random(1).randbytes(100))  # noqa: S311 - damage, not a secret
     with opened(tmp_path / "a") as images:

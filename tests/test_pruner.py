@@ -21,6 +21,7 @@ from spool.retention import (
     QUIET_S,
     WORTH_ROWS,
 )
+from spool.writer import PAGE_BYTES
 from tests.collector_parts import Clock
 from tests.test_spool_writer import look, new_reading, progress
 
@@ -105,7 +106,7 @@ def test_a_batch_takes_the_pages_of_the_rows_that_leave_with_it(tmp_path: Path) 
         assert plant.gone == 1000
         sizes.append(plant.writer.wal_bytes())
         plant.writer.checkpoint()
-        assert plant.writer.path.stat().st_size <= pages + 2 * 4096
+        assert plant.writer.path.stat().st_size <= pages + 2 * PAGE_BYTES
         plant.writer.close()
     assert sizes[0] < 0.65 * sizes[1], "a page is written once, and not when it is freed too"
 
@@ -269,13 +270,13 @@ def test_space_is_handed_back_in_small_steps_while_readings_come(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collector.housekeeping, "RETURN_SPACE_ABOVE_BYTES", 0)
-    monkeypatch.setattr(collector.housekeeping, "RETURN_SPACE_BUSY_STEP_BYTES", 4 * 4096)
-    monkeypatch.setattr(collector.housekeeping, "RETURN_SPACE_STEP_BYTES", 20 * 4096)
+    monkeypatch.setattr(collector.housekeeping, "RETURN_SPACE_BUSY_STEP_BYTES", 4 * PAGE_BYTES)
+    monkeypatch.setattr(collector.housekeeping, "RETURN_SPACE_STEP_BYTES", 20 * PAGE_BYTES)
     returned: list[int] = []
     real = SpoolWriter.return_space
 
     def return_space(writer: SpoolWriter, max_bytes: int) -> None:
-        returned.append(max_bytes // 4096)
+        returned.append(max_bytes // PAGE_BYTES)
         real(writer, max_bytes)
 
     monkeypatch.setattr(SpoolWriter, "return_space", return_space)

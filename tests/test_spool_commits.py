@@ -15,13 +15,13 @@ from spool.migrations import spool_migrations
 from spool.records import READING_COLUMNS
 from tests.test_spool_writer import edit, look, new_reading
 
-PAGE_BYTES = 4096
 HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24
 
 
-def commits(log: Path, page_bytes: int = PAGE_BYTES) -> Iterator[list[int]]:
+def commits(log: Path) -> Iterator[list[int]]:
     """Yield the numbers of the pages of each commit (https://www.sqlite.org/walformat.html)."""
     data = log.read_bytes()
+    page_bytes = int.from_bytes(data[8:12], "big")
     pages: list[int] = []
     for at in range(HEADER_BYTES, len(data), FRAME_HEADER_BYTES + page_bytes):
         page, pages_of_the_file = struct.unpack(">II", data[at : at + 8])

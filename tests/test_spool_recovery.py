@@ -22,9 +22,9 @@ from spool import (
 )
 from spool.records import READING_COLUMNS
 from spool.recovery import SALVAGE_STEP_BYTES, SALVAGE_STEP_ROWS
+from spool.writer import PAGE_BYTES as PAGE
 from tests.test_spool_writer import edit, look, new_reading
 
-PAGE = 4096
 LEAF_OF_A_TABLE = 0x0D
 INSIDE_A_TABLE = 0x05
 ROWS = 2000

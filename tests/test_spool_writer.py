@@ -434,7 +434,7 @@ def test_the_log_is_worked_off_when_that_is_due_and_in_no_commit(writer: SpoolWr
         writer.append([new_reading(number, payload=b"x" * 400)], [], {"received": 1})
         writer.checkpoint_if_due()
     assert writer.path.stat().st_size == at_first, "not due"
-    for number in range(200, 300):
+    for number in range(200, 400):
         writer.append([new_reading(number, payload=b"x" * 400)], [], {"received": 1})
     assert writer.path.stat().st_size == at_first, "no commit does it"
     writer.checkpoint_if_due()
@@ -463,12 +463,12 @@ def test_the_log_stays_bounded_while_readings_leave(
 
 
 def test_readings_that_leave_make_the_log_longer(writer: SpoolWriter) -> None:
-    for _ in range(16):
+    for _ in range(32):
         writer.append([new_reading(number) for number in range(500)], [], {})
     writer.checkpoint()
     said: list[str] = []
     writer._conn.set_trace_callback(said.append)  # noqa: SLF001 - the log itself tells nobody
-    for seq in range(800, 8_800, 800):
+    for seq in range(800, 16_001, 800):
         writer.delete_through(seq, "pruned")
     writer.checkpoint_if_due()
     assert any("wal_checkpoint(PASSIVE)" in statement for statement in said)

@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lifecycle import SINKS
+from spool.writer import PAGE_BYTES
 from tests.harness import COLLECTOR, IMPATIENT, PROGRAMS, Packet, Received, Rig, wait_until
 from tests.harness.books import Figures
 from tests.torture.ledger import Lawful, reckon
 from tests.torture.report import Report
 from tests.torture.wiretap import WireTap
 
-PAGE_BYTES = 4_096
 READINGS = 400
 PENDING = 300
 """Taken while the services were away, so that the damage meets what nobody has yet."""
 
 PADDING_BYTES = 700
-ROWS_PER_PAGE = 6
+ROWS_PER_PAGE = PAGE_BYTES // PADDING_BYTES
 RECEIVING_AGAIN_S = 30.0
 """Seconds, on a machine that is busy with other things; a start alone takes two of them, and damage
 that shows while it runs takes three starts."""
@@ -91,7 +91,8 @@ def _garbage_everywhere(path: Path, dice: random.Random) -> int:
 
 
 def _garbage_behind_the_header(path: Path, dice: random.Random) -> int:
-    _overwrite(path, PAGE_BYTES, dice.randbytes(path.stat().st_size - PAGE_BYTES))
+    first = int.from_bytes(path.read_bytes()[16:18], "big")  # the file's own size of pages
+    _overwrite(path, first, dice.randbytes(path.stat().st_size - first))
     return READINGS + PENDING
 
 
