@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.calm import all_cpu, latencies
+from bench.latency import DELAY_VARIABLE
 from bench.paced import Figures, Load, sluice, syncs_per_s
 from bench.processes import ROOT, BenchError
 from bench.report import Sheet, figure
 from bench.rig import Rig
 
-DELAY_VARIABLE = "COMMIT_DELAY_MS"
 DELAYS_MS = (0, 5, 50, 100, 200, 500)
 RATE, SITES = 200, 8
 HEADS = (
