@@ -9,6 +9,8 @@ import pytest
 
 from tests.harness import (
     COLLECTOR,
+    COMMIT_DELAYS_MS,
+    FORWARDERS,
     PROGRAMS,
     Rig,
     Supervisor,
@@ -16,20 +18,22 @@ from tests.harness import (
     assert_all_received,
     wait_until,
 )
+from tests.torture.wiretap import WireTap
 
 RATE = 400
 """Readings a second: many are always on their way, and no machine is too slow for it."""
 
 SOME = RATE // 2
 TIMEOUT_S = 40.0
+TRIES = 20
 ORPHANS_END_S = 12.0
 """10 s, and what a busy machine needs to notice."""
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
+@pytest.fixture(scope="module", params=COMMIT_DELAYS_MS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """One system for all tests here; each adds to the ledger and checks all of it."""
-    with Rig() as rig:
+    with Rig(COMMIT_DELAY_MS=request.param) as rig:
         rig.broker.start()
         yield rig
 
@@ -117,6 +121,30 @@ def test_kill_9_of_supervisord_loses_nothing_and_its_orphans_make_room(
     for pid in orphans.values():
         assert not Path(f"/proc/{pid}").exists(), "an orphan is still there"
     settle(rig)
+
+
+def test_kill_9_loses_nothing_that_waits_for_the_next_commit() -> None:
+    """What gathers in memory is not acknowledged, so the broker has it, and sends it again."""
+    with WireTap() as tap, Rig(MQTT_PORT=str(tap.port), COMMIT_DELAY_MS="1000") as rig:
+        tap.upstream = rig.broker.port
+        rig.start(COLLECTOR)
+        # The kill is to come between two commits: on a busy machine not at the first try.
+        waited = 0
+        for _ in range(TRIES):
+            rig.publish(SOME)
+            wait_until(lambda: tap.published >= len(rig.publisher.samples), TIMEOUT_S, "all came")
+            rig.programs[COLLECTOR].kill()
+            spooled = rig.books.counter("spooled")
+            waited = len(rig.publisher.samples) - spooled
+            assert tap.count <= spooled
+            rig.start(COLLECTOR)
+            rig.wait_until_spooled()
+            if waited:
+                break
+        assert waited
+        rig.start(*FORWARDERS)
+        rig.wait_until_delivered()
+        rig.assert_nothing_lost()
 
 
 def test_kill_9_of_the_broker_loses_nothing_that_it_had_saved() -> None:
