@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -118,8 +118,17 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Row | Sheet]) -> str:
-    """Return the table of the rows as Markdown, and behind it the tables of their own."""
-    sheets = [str(row) for row in rows if isinstance(row, Sheet)]
+    """Return the table of the rows as Markdown, and behind it the tables of their own.
+
+    Parts of one become one again.
+    """
+    merged: dict[tuple[str, ...], Sheet] = {}
+    for row in rows:
+        if isinstance(row, Sheet):
+            key = (row.name, row.what, *row.heads)
+            known = merged.setdefault(key, replace(row, lines=[]))
+            known.lines += row.lines
+    sheets = [str(sheet) for sheet in merged.values()]
     judged = [row for row in rows if isinstance(row, Row)]
     return "\n\n".join([*([_table(judged)] if judged else []), *sheets])
 
