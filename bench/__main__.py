@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bench import (
     backlog,
     calm,
     chain,
+    delay,
     disk,
     drain,
     fsync_check,
@@ -18,10 +19,10 @@ from bench import (
     prune,
 )
 from bench.processes import BenchError
-from bench.report import Row, machine, save, table
+from bench.report import Row, Sheet, machine, save, table
 from bench.servers import find_emulator
 
-CASES: dict[str, Callable[[int, int], list[Row]]] = {
+CASES: dict[str, Callable[[int, int], Sequence[Row | Sheet]]] = {
     "ingest": ingest.rows,
     "collector-ceiling": prune.ceiling_rows,
     "drain-pubsub": drain.pubsub_rows,
@@ -33,13 +34,14 @@ CASES: dict[str, Callable[[int, int], list[Row]]] = {
     "backlog-view": backlog.look_rows,
     "latency": latency.rows,
     "calm": calm.rows,
+    "delay": delay.rows,
     "idle": idle.rows,
     "memory": memory.rows,
     "disk": disk.rows,
     "prune": prune.rows,
     "fsync": fsync_check.rows,
 }
-PARTS: dict[str, Callable[[int, int], list[Row]]] = {**calm.CASES}
+PARTS: dict[str, Callable[[int, int], Sequence[Row | Sheet]]] = {**calm.CASES}
 """Parts of the above, for a run that is to be short."""
 
 
@@ -50,14 +52,16 @@ def main() -> int:
         "names", nargs="*", choices=[[], *CASES, *PARTS], help=", ".join([*CASES, *PARTS])
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=200_000, help="readings per run")
+    parser.add_argument(
+        "--count", type=int, default=200_000, help="readings per run (calm, delay: no)"
+    )
     arguments = parser.parse_args()
     about = machine()
     emulator = find_emulator()
     servers = f"in-repo fakes; Google's Pub/Sub emulator {'too' if emulator else 'not installed'}"
     about["servers"] = servers
     sys.stderr.write(f"servers: {servers}\n")
-    rows: list[Row] = []
+    rows: list[Row | Sheet] = []
     failed: list[str] = []
     for name in arguments.names or CASES:
         sys.stderr.write(f"running {name} …\n")

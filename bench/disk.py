@@ -2,11 +2,13 @@
 
 At a usual rate each reading comes alone, and what a commit and a cursor cost is shared by few. At
 full speed it is shared by thousands. So the rates are measured apart, with readings that come one
-by one, as from sensors, and not in bursts.
+by one, as from sensors, and not in bursts. COMMIT_DELAY_MS is at its default, and at 0 for the
+figures that are to be compared with those of earlier releases.
 """
 
 import time
 
+from bench.latency import AT_ONCE, DELAY_VARIABLE
 from bench.processes import BenchError, Process
 from bench.publish import reading, reading_at
 from bench.report import Row
@@ -31,17 +33,23 @@ def rows(rounds: int, count: int) -> list[Row]:
         rate: Row(f"disk-{rate:.0f}", f"{what}, {rate:,.0f}/s one by one", "bytes", "")
         for rate in RATES
     }
+    at_once = {
+        rate: Row(f"disk-{rate:.0f}-at-once", f"{row.what}, {DELAY_VARIABLE} 0", "bytes", "")
+        for rate, row in paced.items()
+    }
     full = Row("disk-full-speed", f"{what}, {count:,} at full speed", "bytes", "")
     for _ in range(rounds):
         for rate, row in paced.items():
-            _one_run(row, min(count, int(rate * SECONDS_AT_RATE)), rate)
+            few = min(count, int(rate * SECONDS_AT_RATE))
+            _one_run(row, few, rate)
+            _one_run(at_once[rate], few, rate, **AT_ONCE)
         _one_run(full, count, 0.0)
-    return [*paced.values(), full]
+    return [*paced.values(), *at_once.values(), full]
 
 
-def _one_run(row: Row, count: int, rate: float) -> None:
+def _one_run(row: Row, count: int, rate: float, **settings: str) -> None:
     with rig() as setup:
-        system = System.start(setup, SPOOL_RETENTION_HOURS="0")
+        system = System.start(setup, settings={"SPOOL_RETENTION_HOURS": "0"} | settings)
         publisher = None if rate else setup.publisher(count)
         before = {name: p.usage() for name, p in system.processes.items()}
         begun = time.perf_counter()

@@ -11,10 +11,11 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.latency import DELAY_VARIABLE, DELAYS
 from bench.processes import BenchError, Process
 from bench.prune import WITHOUT_SINKS, result, wire_broker
 from bench.publish import reading
@@ -133,13 +134,13 @@ def _acked(data: bytes) -> list[int]:
     return [mid for kind, _, mid in _PUBACK.iter_unpack(data) if kind == 0x40]  # noqa: PLR2004 - PUBACK
 
 
-def _strace(setup: Rig, port: int, log: Path) -> Process:
+def _strace(setup: Rig, port: int, log: Path, settings: Mapping[str, str]) -> Process:
     binary = shutil.which("strace")
     if binary is None:
         raise BenchError("strace is not installed: apt-get install strace")
     # -D: the process that we start, and stop, is the collector, and strace stands behind it.
     command = [binary, "-D", "-f", "-yy", "-xx", "-s", str(STRING_MAX_BYTES), "-e", SYSCALLS]
-    environ = setup.environ(MQTT_PORT=str(port), LOG_LEVEL="INFO", **WITHOUT_SINKS)
+    environ = setup.environ(MQTT_PORT=str(port), LOG_LEVEL="INFO", **WITHOUT_SINKS, **settings)
     program = [sys.executable, "-m", "collector"]
     process = setup.start(
         Process("collector", [*command, "-o", str(log), *program], setup.directory, environ)
@@ -149,10 +150,14 @@ def _strace(setup: Rig, port: int, log: Path) -> Process:
 
 
 def rows(_rounds: int, count: int) -> list[Row]:
-    """Return the check as a row: how many PUBACKs went too early. One run says it."""
+    """Return the check, for each delay: how many PUBACKs went too early. One run says it."""
     seconds = min(STRACE_SECONDS, count / GROUP * INTERVAL_MS / 1000)
+    return [_row(f"fsync{name}", seconds, settings) for name, (settings, _) in DELAYS.items()]
+
+
+def _row(name: str, seconds: float, settings: Mapping[str, str]) -> Row:
     row = Row(
-        "fsync",
+        name,
         "PUBACKs that were sent before an fdatasync of spool.db-wal had ended that began after "
         "their reading was written there (strace, call by call)",
         "PUBACKs",
@@ -162,7 +167,7 @@ def rows(_rounds: int, count: int) -> list[Row]:
         log = setup.directory / "strace.txt"
         arguments = [f"--seconds={seconds}", f"--group={GROUP}", f"--interval-ms={INTERVAL_MS}"]
         broker, port = wire_broker(setup, "steady", *arguments)
-        process = _strace(setup, port, log)
+        process = _strace(setup, port, log, settings)
         broker.say("go")
         sent = int(result(broker)["sent"])
         process.stop()
@@ -181,6 +186,6 @@ def rows(_rounds: int, count: int) -> list[Row]:
     row.ours.append(len(verdict.early))
     row.notes.append(
         f"{sent} messages, {verdict.syncs} fdatasyncs of spool.db-wal, {verdict.sends} sends with "
-        "PUBACKs"
+        f"PUBACKs, {DELAY_VARIABLE} {settings.get(DELAY_VARIABLE, 'at its default')}"
     )
-    return [row]
+    return row

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,11 +65,42 @@ class Row:
         return self.judged >= float(limit) if operator == ">=" else self.judged <= float(limit)
 
 
+@dataclass
+class Sheet:
+    """A table of its own, ready for docs/performance.md.
+
+    Attributes:
+        name: As given to ``bench/run.sh``.
+        what: What a reader must know.
+        heads: Of the columns.
+        lines: Cells.
+    """
+
+    name: str
+    what: str
+    heads: list[str]
+    lines: list[list[str]]
+
+    holds = True
+    """It has no target."""
+
+    def __str__(self) -> str:
+        """Return it as Markdown."""
+        made = [self.heads, ["---"] * len(self.heads), *self.lines]
+        return "\n".join([f"{self.name}: {self.what}", "", *(f"| {' | '.join(m)} |" for m in made)])
+
+
 def _number(value: float) -> str:
     for limit, digits in ((100, 0), (10, 1), (0, 3)):
         if abs(value) >= limit:
             return f"{value:,.{digits}f}"
     return f"{value:.3f}"
+
+
+def figure(values: Sequence[float]) -> str:
+    """Return the median, and lowest and highest where there are several."""
+    spread = f" ({_spread(values)})" if len(values) > 1 else ""
+    return f"{_number(statistics.median(values))}{spread}"
 
 
 def _median(values: Sequence[float]) -> str:
@@ -86,8 +117,23 @@ def _spread(values: Sequence[float]) -> str:
     return f"{_number(min(values))} … {_number(max(values))}"
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Return the table as Markdown."""
+def table(rows: Sequence[Row | Sheet]) -> str:
+    """Return the table of the rows as Markdown, and behind it the tables of their own.
+
+    Parts of one become one again.
+    """
+    merged: dict[tuple[str, ...], Sheet] = {}
+    for row in rows:
+        if isinstance(row, Sheet):
+            key = (row.name, row.what, *row.heads)
+            known = merged.setdefault(key, replace(row, lines=[]))
+            known.lines += row.lines
+    sheets = [str(sheet) for sheet in merged.values()]
+    judged = [row for row in rows if isinstance(row, Row)]
+    return "\n\n".join([*([_table(judged)] if judged else []), *sheets])
+
+
+def _table(rows: Iterable[Row]) -> str:
     lines = [
         "| name | ours (min … max) | reference | ratio (min … max) | target | ok | CPU µs | MB |",
         "|---|---|---|---|---|---|---|---|",
@@ -127,7 +173,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(rows: Iterable[Row], about: Mapping[str, object]) -> Path:
+def save(rows: Iterable[Row | Sheet], about: Mapping[str, object]) -> Path:
     """Write the figures, and what they depend on, as JSON; return where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("%Y%m%dT%H%M%SZ.json", time.gmtime())

@@ -69,11 +69,12 @@ class Fake:
         before = self.process.output().count('"counts"')
         self.process.signal(signal.SIGUSR1)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while self.process.output().count('"counts"') == before:
+        # A long line may come in pieces.
+        while (said := self.process.output()).count('"counts"') == before or said[-1] != "\n":
             if time.monotonic() > deadline or not self.process.running:
                 raise BenchError(f"the fake tells no counts:\n{self.process.output()[-2000:]}")
             time.sleep(0.005)
-        counts: dict[str, Any] = json.loads(self.process.output().splitlines()[-1])
+        counts: dict[str, Any] = json.loads(said.splitlines()[-1])
         return counts
 
 

@@ -1,5 +1,6 @@
 """The whole system: broker, three processes of Sluice, and fakes of both services."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.fill import APP_ENV
@@ -77,16 +78,30 @@ class System:
 
     @classmethod
     def start(
-        cls, setup: Rig, *, broker: bool = True, services: Services | None = None, **environ: str
+        cls,
+        setup: Rig,
+        *,
+        broker: bool = True,
+        services: Services | None = None,
+        settings: Mapping[str, str] | None = None,
+        **environ: str,
     ) -> "System":
-        """Start it in ``setup``; return once it is subscribed and drains."""
+        """Start it in ``setup``; return once it is subscribed and drains.
+
+        Args:
+            setup: Where.
+            broker: Whether to start one too.
+            services: Where the readings go; None for new ones.
+            settings: Of the programs.
+            environ: More of them.
+        """
         services = services or Services.start(setup)
         if broker:
             setup.broker()
-        settings = {"APP_ENV": APP_ENV, **services.environ(), **environ}
-        processes = {"collector": setup.collector(**settings)}
+        made = {"APP_ENV": APP_ENV, **services.environ(), **(settings or {}), **environ}
+        processes = {"collector": setup.collector(**made)}
         for sink in SINKS:
-            process = setup.forwarder(sink, **{**settings, "LOG_LEVEL": "INFO"})
+            process = setup.forwarder(sink, **{**made, "LOG_LEVEL": "INFO"})
             processes[f"forwarder-{sink}"] = process
         for sink in SINKS:
             processes[f"forwarder-{sink}"].wait_output('"draining"', START_TIMEOUT_S)

@@ -28,8 +28,8 @@ from forwarder.inserthttp import Answer, InsertConnections
 from forwarder.partitions import INSERT_ALL_PAST_DAYS
 from forwarder.refusals import REFUSED_ALONE_MAX, RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
-from forwarder.table import GATHER_S, Column
-from lifecycle import Settings
+from forwarder.table import Column
+from lifecycle import Settings, bigquery_gather_s
 from spool import DeadLetter, Reading, SinkState
 
 REQUEST_MAX_ROWS = 500
@@ -61,9 +61,9 @@ class InsertAllSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
-    gather_s = GATHER_S
 
     def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
+        self.gather_s = bigquery_gather_s(settings.commit_delay_ms)
         self._source = settings.instance_id
         self._service = TableService(settings, DEADLINE_S, INSERT_ALL_PAST_DAYS, state)
         self._table = self._service.table

@@ -24,10 +24,9 @@ from forwarder.appends import (
 from forwarder.faults import FaultError
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.storage import BATCH_MAX_BYTES, BATCH_MAX_ROWS, GIVE_BACK_AFTER_S
-from forwarder.table import GATHER_S
 from forwarder.trial import Trial
 from forwarder.writeapi import CallError
-from lifecycle import Settings
+from lifecycle import Settings, bigquery_gather_s
 from spool import Reading, SinkState
 
 
@@ -42,9 +41,9 @@ class DefaultStreamSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
-    gather_s = GATHER_S
 
     def __init__(self, settings: Settings, state: SinkState | None = None) -> None:
+        self.gather_s = bigquery_gather_s(settings.commit_delay_ms)
         self._calls = AppendCalls(settings, state)
         self._stream = f"{self._calls.table}/streams/_default"
         self._guilty: set[int] = set()

@@ -17,10 +17,10 @@ class LogSink:
 
     max_rows = 1_000
     max_bytes = 1024 * 1024
-    gather_s = 0.005
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, gather_s: float) -> None:
         self.name = name
+        self.gather_s = gather_s
         # The events are this sink's product: LOG_LEVEL must not silence them.
         log.setLevel(logging.INFO)
 

@@ -33,7 +33,7 @@ from forwarder.recreated import Notes, RecreatedTopic
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
-from lifecycle import Settings, fields
+from lifecycle import Settings, fields, pubsub_gather_s
 from spool import DeadLetter, Reading
 
 if TYPE_CHECKING:
@@ -67,9 +67,6 @@ requests with a row or two each, so it may be larger, up to a bound that memory 
 5,000 sites: 135 MB for the process, 150 MB with 24,000 rows; 105 MB with 8 sites)."""
 
 BATCH_MAX_BYTES = 8 * 1024 * 1024
-GATHER_S = 0.005
-"""See :class:`forwarder.sink.Sink`: whoever subscribes wants the readings soon."""
-
 RELEASED_MAX = 8
 """So many sites are asked for a row that is accepted, in a delivery that is refused elsewhere."""
 
@@ -91,13 +88,13 @@ class PubSubSink:
 
     name = "pubsub"
     max_bytes = BATCH_MAX_BYTES
-    gather_s = GATHER_S
 
     def __init__(self, settings: Settings, notes: Notes | None = None) -> None:
         topic = settings.pubsub_topic
         if not topic.startswith("projects/"):
             topic = f"projects/{settings.gcp_project_id}/topics/{topic}"
         self.max_rows = BATCH_MAX_ROWS
+        self.gather_s = pubsub_gather_s(settings.commit_delay_ms)
         self._topic = topic
         self._settings = settings
         self._encoder = MessageEncoder(topic, settings.instance_id)

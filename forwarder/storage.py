@@ -33,10 +33,9 @@ from forwarder.appends import (
 from forwarder.appendstream import AppendStream
 from forwarder.faults import Blame, FaultError, blame_grpc
 from forwarder.sink import Delivery, Fault, FaultKind
-from forwarder.table import GATHER_S
 from forwarder.trial import Trial
 from forwarder.writeapi import CallError
-from lifecycle import Settings
+from lifecycle import Settings, bigquery_gather_s
 from spool import AppendJournal, DeadLetter, DiskFullError, Reading, SinkState
 
 log = logging.getLogger("forwarder.bigquery")
@@ -67,7 +66,6 @@ class StorageSink:
     name = "bigquery"
     max_rows = BATCH_MAX_ROWS
     max_bytes = BATCH_MAX_BYTES
-    gather_s = GATHER_S
 
     def __init__(
         self,
@@ -77,6 +75,7 @@ class StorageSink:
         calls: AppendCalls | None = None,
         journal: AppendJournal | None = None,
     ) -> None:
+        self.gather_s = bigquery_gather_s(settings.commit_delay_ms)
         self._calls = calls or AppendCalls(settings, state)
         self._stream = AppendStream(self._calls, journal or AppendJournal(state))
         self._behind_since: float | None = None

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 
 from forwarder.sink import Fault, FaultKind
 
-GATHER_S = 0.25
-"""See :class:`forwarder.sink.Sink`: nobody looks at a table more often than that, and at a usual
-rate it is some dozens of readings instead of some few in each request and commit."""
-
 PARTITION_COLUMN = "timestamp"
 CLUSTER_COLUMNS = ("site_code", "pi_tag")
 

@@ -5,6 +5,7 @@ between it and the process table is here, once, for all of them. This package im
 sibling, so the spool can be used without it and it without the spool.
 """
 
+from lifecycle.delays import bigquery_gather_s, pubsub_gather_s
 from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
 from lifecycle.identity import Identity, SessionId, read_identity, write_identity
@@ -32,6 +33,7 @@ __all__ = [
     "SettingsError",
     "StopRequest",
     "Watchdog",
+    "bigquery_gather_s",
     "configure_logging",
     "fields",
     "leave",
@@ -39,6 +41,7 @@ __all__ = [
     "log_notice",
     "merged_environment",
     "printable",
+    "pubsub_gather_s",
     "read_identity",
     "run",
     "tell_version",

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from lifecycle.addresses import broker_host, check_address, without_user
 from lifecycle.authorityfile import check_authorities
+from lifecycle.delays import COMMIT_DELAY_MS_MAX
 from lifecycle.environment import in_quotes
 from lifecycle.identity import ClientId, Name, read_identity
 from lifecycle.logs import printable
@@ -83,6 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mqtt_tls_key_file: Path | None = None
     instance_id: Name = ""
     spool_dir: Path = DEFAULT_SPOOL_DIR
+    commit_delay_ms: Annotated[int, Meta(ge=0, le=COMMIT_DELAY_MS_MAX)] = 200
     spool_max_bytes: Annotated[int, Meta(ge=SPOOL_MAX_BYTES_FLOOR)] = 10 * KIB**3
     spool_full_policy: Literal["block", "drop-oldest"] = "block"
     dead_letter_max_bytes: Annotated[int, Meta(ge=DEAD_LETTER_MAX_BYTES_FLOOR)] = 256 * KIB**2
@@ -135,6 +137,7 @@ _EXPECTED = {
     "instance_id": "letters, digits, '.', '_' and '-', at most 200, beginning with one of the "
     "first two",
     "spool_dir": "an absolute path",
+    "commit_delay_ms": f"milliseconds as a whole number from 0 to {COMMIT_DELAY_MS_MAX}",
     "spool_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "
     f"{SPOOL_MAX_BYTES_FLOOR}",
     "dead_letter_max_bytes": f"bytes as a whole number, or with KiB, MiB, GiB or TiB; at least "

@@ -9,6 +9,8 @@ import pytest
 
 from tests.harness import (
     COLLECTOR,
+    COMMIT_DELAYS_MS,
+    FORWARDERS,
     PROGRAMS,
     Rig,
     Supervisor,
@@ -16,20 +18,23 @@ from tests.harness import (
     assert_all_received,
     wait_until,
 )
+from tests.torture.wiretap import WireTap
 
 RATE = 400
 """Readings a second: many are always on their way, and no machine is too slow for it."""
 
 SOME = RATE // 2
 TIMEOUT_S = 40.0
+TRIES = 20
+AT_ONCE, GATHERING = COMMIT_DELAYS_MS
 ORPHANS_END_S = 12.0
 """10 s, and what a busy machine needs to notice."""
 
 
 @pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    """One system for all tests here; each adds to the ledger and checks all of it."""
-    with Rig() as rig:
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """One system for all tests of a COMMIT_DELAY_MS; each adds to the ledger and checks all."""
+    with Rig(COMMIT_DELAY_MS=request.param) as rig:
         rig.broker.start()
         yield rig
 
@@ -57,7 +62,11 @@ def settle(rig: Rig) -> None:
     rig.assert_nothing_lost()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("rig", "name"),
+    [(GATHERING, COLLECTOR), (GATHERING, FORWARDERS[0]), (AT_ONCE, FORWARDERS[1])],
+    indirect=["rig"],
+)
 def test_supervisorctl_restart_under_load_loses_nothing(
     rig: Rig, supervisor: Supervisor, name: str
 ) -> None:
@@ -73,7 +82,16 @@ def test_supervisorctl_restart_under_load_loses_nothing(
     settle(rig)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("rig", "name"),
+    [
+        (AT_ONCE, COLLECTOR),
+        (GATHERING, COLLECTOR),
+        (AT_ONCE, FORWARDERS[0]),
+        (GATHERING, FORWARDERS[1]),
+    ],
+    indirect=["rig"],
+)
 def test_kill_9_under_load_loses_nothing(rig: Rig, supervisor: Supervisor, name: str) -> None:
     before = supervisor.pids()
     with rig.load(RATE):
@@ -91,6 +109,7 @@ def test_kill_9_under_load_loses_nothing(rig: Rig, supervisor: Supervisor, name:
     settle(rig)
 
 
+@pytest.mark.parametrize("rig", [GATHERING], indirect=True)
 def test_kill_9_of_all_programs_at_once_under_load_loses_nothing(
     rig: Rig, supervisor: Supervisor
 ) -> None:
@@ -103,6 +122,7 @@ def test_kill_9_of_all_programs_at_once_under_load_loses_nothing(
     settle(rig)
 
 
+@pytest.mark.parametrize("rig", [AT_ONCE], indirect=True)
 def test_kill_9_of_supervisord_loses_nothing_and_its_orphans_make_room(
     rig: Rig, supervisor: Supervisor
 ) -> None:
@@ -117,6 +137,30 @@ def test_kill_9_of_supervisord_loses_nothing_and_its_orphans_make_room(
     for pid in orphans.values():
         assert not Path(f"/proc/{pid}").exists(), "an orphan is still there"
     settle(rig)
+
+
+def test_kill_9_loses_nothing_that_waits_for_the_next_commit() -> None:
+    """What gathers in memory is not acknowledged, so the broker has it, and sends it again."""
+    with WireTap() as tap, Rig(MQTT_PORT=str(tap.port), COMMIT_DELAY_MS="1000") as rig:
+        tap.upstream = rig.broker.port
+        rig.start(COLLECTOR)
+        # The kill is to come between two commits: on a busy machine not at the first try.
+        waited = 0
+        for _ in range(TRIES):
+            rig.publish(SOME)
+            wait_until(lambda: tap.published >= len(rig.publisher.samples), TIMEOUT_S, "all came")
+            rig.programs[COLLECTOR].kill()
+            spooled = rig.books.counter("spooled")
+            waited = len(rig.publisher.samples) - spooled
+            assert tap.count <= spooled
+            rig.start(COLLECTOR)
+            rig.wait_until_spooled()
+            if waited:
+                break
+        assert waited
+        rig.start(*FORWARDERS)
+        rig.wait_until_delivered()
+        rig.assert_nothing_lost()
 
 
 def test_kill_9_of_the_broker_loses_nothing_that_it_had_saved() -> None:

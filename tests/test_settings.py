@@ -11,8 +11,10 @@ from lifecycle import (
     EnvironmentFileError,
     Settings,
     SettingsError,
+    bigquery_gather_s,
     load_settings,
     merged_environment,
+    pubsub_gather_s,
 )
 from spool import DEAD_LETTER_MAX_BYTES
 
@@ -41,6 +43,7 @@ WRONG = {
     "INSTANCE_ID": "-x",
     "SPOOL_DIR": "relative/path",
     "SPOOL_MAX_BYTES": "1 GB",
+    "COMMIT_DELAY_MS": "1001",
     "DEAD_LETTER_MAX_BYTES": "63KiB",
     "SPOOL_FULL_POLICY": "drop",
     "SPOOL_RETENTION_HOURS": "-1",
@@ -105,6 +108,7 @@ def test_app_env_alone_is_enough_for_local_and_gives_the_defaults() -> None:
     assert loaded.spool_max_bytes == 10 * 1024**3
     assert loaded.dead_letter_max_bytes == DEAD_LETTER_MAX_BYTES
     assert (loaded.spool_full_policy, loaded.spool_retention_hours) == ("block", 24)
+    assert loaded.commit_delay_ms == 200
     assert (loaded.dedup_window, loaded.max_payload_bytes) == (100_000, 262_144)
     assert (loaded.timestamp_formats, loaded.site_mismatch) == (("rfc3339",), "warn")
     assert (loaded.max_drain_rate, loaded.bigquery_create_table) == (0, False)
@@ -170,6 +174,28 @@ def test_sizes_have_binary_units(text: str, size: int) -> None:
 )
 def test_other_sizes_are_refused(text: str) -> None:
     assert problems(LOCAL | {"SPOOL_MAX_BYTES": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "pubsub_s", "bigquery_s"),
+    [
+        ("0", 0.005, 0.25),
+        ("50", 0.005, 0.25),
+        ("100", 0.005, 0.5),
+        ("200", 0.005, 1.0),
+        ("1000", 0.005, 5.0),
+    ],
+)
+def test_the_gather_times_of_the_sinks_follow_from_the_commit_delay(
+    text: str, pubsub_s: float, bigquery_s: float
+) -> None:
+    delay_ms = load(COMMIT_DELAY_MS=text).commit_delay_ms
+    assert (pubsub_gather_s(delay_ms), bigquery_gather_s(delay_ms)) == (pubsub_s, bigquery_s)
+
+
+@pytest.mark.parametrize("text", ["-1", "1001", "0.5", "200 ms", "nan", "9" * 5000])
+def test_other_commit_delays_are_refused(text: str) -> None:
+    assert problems(LOCAL | {"COMMIT_DELAY_MS": text})
 
 
 @pytest.mark.parametrize(

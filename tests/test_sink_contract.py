@@ -504,7 +504,7 @@ def _errors_alone() -> Iterator[None]:
 def test_the_log_takes_everything_in_order_whatever_the_level(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sink = LogSink("pubsub")
+    sink = LogSink("pubsub", 0.0)
     rows = readings(100)
     assert sink.deliver(rows) == Delivery()
     found = [record.__dict__["fields"] for record in caplog.records]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spool import event_id
+from tests.harness import COMMIT_DELAYS_MS
 from tests.torture.broken import MUTATIONS
 from tests.torture.images import Disk
 from tests.torture.powercut import (
@@ -41,6 +42,9 @@ FOUND = {
     "cursor before confirmation": Wrong.UNCONFIRMED,
     "journal after sending": Wrong.UNJOURNALLED,
 }
+COMMITTING = {"synchronous=NORMAL", "PUBACK before COMMIT"}
+"""What is broken where readings gather, and has to be found whether they do or not."""
+
 FOUND_BY_A_SECOND_CUT = {
     "journal forgotten once read": Wrong.UNJOURNALLED,
     "log folded in without syncs": Wrong.UNREADABLE,
@@ -65,6 +69,7 @@ def test_no_power_cut_loses_a_message() -> None:
     assert report.revived >= IMAGES // IMAGES_A_REVIVAL
     assert report.second == report.revived * SECOND_CUTS_A_REVIVAL
     assert report.revived_twice
+    assert set(report.delays) == set(COMMIT_DELAYS_MS)
     for database in DATABASES:
         # Making the file writes some fifteen pages; what is beyond them comes of checkpoints.
         assert report.writes[database] > 20
@@ -73,12 +78,21 @@ def test_no_power_cut_loses_a_message() -> None:
         assert report.writes[f"{database}-wal"] > 200
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_broken_build_is_found(mutation: str) -> None:
+@pytest.mark.parametrize(
+    ("mutation", "commit_delay_ms"),
+    [(name, delay) for name in MUTATIONS for delay in COMMIT_DELAYS_MS[name not in COMMITTING :]],
+)
+def test_a_broken_build_is_found(mutation: str, commit_delay_ms: str) -> None:
     report = Report(SEED)
     chance = random.Random(SEED)  # noqa: S311 - no secret
     traced(
-        try_recording, report, MUTANTS_IMAGES, chance, messages=MUTANTS_MESSAGES, change=mutation
+        try_recording,
+        report,
+        MUTANTS_IMAGES,
+        chance,
+        messages=MUTANTS_MESSAGES,
+        change=mutation,
+        commit_delay_ms=commit_delay_ms,
     )
     found = {violation.wrong for _, violation in report.violations}
     assert FOUND[mutation] in found, str(report)

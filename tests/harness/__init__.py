@@ -18,12 +18,22 @@ from tests.harness.cloud import Cloud, Received
 from tests.harness.plant import SITES, Plant, Sample
 from tests.harness.programs import Program
 from tests.harness.publisher import Load, Packet, Publisher
-from tests.harness.rig import COLLECTOR, FORWARDERS, IMPATIENT, MORTAL, PROGRAMS, Rig, last_words
+from tests.harness.rig import (
+    COLLECTOR,
+    COMMIT_DELAYS_MS,
+    FORWARDERS,
+    IMPATIENT,
+    MORTAL,
+    PROGRAMS,
+    Rig,
+    last_words,
+)
 from tests.harness.supervisor import Supervisor
 from tests.harness.waiting import wait_until
 
 __all__ = [
     "COLLECTOR",
+    "COMMIT_DELAYS_MS",
     "FORWARDERS",
     "IMPATIENT",
     "MORTAL",

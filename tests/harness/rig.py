@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from lifecycle import SINKS
+from lifecycle import SINKS, Settings
 from tests.harness.books import Books
 from tests.harness.broker import Broker
 from tests.harness.checks import (
@@ -32,6 +32,9 @@ FORWARDERS = tuple(f"forwarder-{sink}" for sink in SINKS)
 PROGRAMS = (COLLECTOR, *FORWARDERS)
 IMPATIENT = "tests.harness.impatient"
 MORTAL = "tests.harness.mortal"
+COMMIT_DELAYS_MS = ("0", str(Settings(app_env="LOCAL").commit_delay_ms))
+"""Each reading at once, and the default: what holds must hold at both."""
+
 DRAIN_TIMEOUT_S = 45.0
 START_TIMEOUT_S = 30.0
 _SPOOL_MODE = 0o2750

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.harness import COLLECTOR, FORWARDERS, Rig, wait_until
+from tests.harness import COLLECTOR, COMMIT_DELAYS_MS, FORWARDERS, Rig, wait_until
 from tests.torture.broken import OF_A_FAILED_SYNC
 from tests.torture.powercut import Report, images_of, judged
 from tests.torture.recording import Recording, Traced, traced
@@ -42,12 +42,24 @@ def run(images: int, seed: int) -> Report:
     number = 0
     while report.images < images:
         chance = random.Random(f"{seed} {number}")  # noqa: S311 - no secret
-        try_recording(report, min(IMAGES_A_RECORDING, images - report.images), chance)
+        try_recording(
+            report,
+            min(IMAGES_A_RECORDING, images - report.images),
+            chance,
+            commit_delay_ms=COMMIT_DELAYS_MS[(number + seed) % len(COMMIT_DELAYS_MS)],
+        )
         number += 1
     return report
 
 
-def try_recording(report: Report, images: int, chance: random.Random, *, change: str = "") -> None:
+def try_recording(
+    report: Report,
+    images: int,
+    chance: random.Random,
+    *,
+    change: str = "",
+    commit_delay_ms: str = COMMIT_DELAYS_MS[-1],
+) -> None:
     """Make one recording and try ``images`` of it; add what comes of it to ``report``.
 
     Args:
@@ -55,31 +67,36 @@ def try_recording(report: Report, images: int, chance: random.Random, *, change:
         images: How many.
         chance: Decides which syncs fail, where it is cut, and what of the unsynced is kept.
         change: One of :mod:`tests.torture.broken`; empty for the product as it is.
+        commit_delay_ms: How long the readings gather.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sluice-syncs-") as scratch:
-        recording = record(Path(scratch), chance, change=change)
+        recording = record(Path(scratch), chance, commit_delay_ms, change=change)
     report.messages += len(recording.packets)
     report.acked += sum(1 for _ in acknowledged(recording.events))
     for cut, files in images_of(recording, _cuts(recording, images, chance), chance):
         last = recording.events[cut - 1]
         report.cuts[last.kind.value] += 1
+        report.delays[commit_delay_ms] += 1
         found = judged(files, recording.witness.truth(last.at))
         report.violations += [(report.images, violation) for violation in found]
         report.images += 1
     report.seconds += time.monotonic() - began
 
 
-def record(scratch: Path, chance: random.Random, *, change: str = "") -> Recording:
+def record(
+    scratch: Path, chance: random.Random, commit_delay_ms: str, *, change: str = ""
+) -> Recording:
     """Run the system through failed syncs until all is delivered.
 
     Args:
         scratch: Where the logs go.
         chance: Decides which syncs fail.
+        commit_delay_ms: How long the readings gather.
         change: One of :mod:`tests.torture.broken`; empty for the product as it is.
     """
     while True:
-        with traced(scratch, change) as system:
+        with traced(scratch, change, commit_delay_ms=commit_delay_ms) as system:
             _scenario(system, chance, whole=change not in OF_A_FAILED_SYNC)
             recording = system.recording()
         if recording is not None:

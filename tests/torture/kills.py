@@ -4,6 +4,8 @@ The system stands under its real supervisord; the broker is started again by thi
 systemd would.
 """
 
+import itertools
+import math
 import os
 import random
 import signal
@@ -14,15 +16,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.harness import PROGRAMS, Load, Packet, Program, Rig, Supervisor, wait_until
+from tests.harness import (
+    COMMIT_DELAYS_MS,
+    PROGRAMS,
+    Load,
+    Packet,
+    Program,
+    Rig,
+    Supervisor,
+    wait_until,
+)
 from tests.harness.cloud import TABLE_REF, TOPIC_PATH
 from tests.torture.ledger import Lawful, Ledger, garbage, reckon
 from tests.torture.report import Report
 from tests.torture.wiretap import WireTap
 
 RATE = 300
-CYCLES_PER_SYSTEM = 60
-"""Then a new one: the services keep everything in memory."""
+CYCLES_PER_SYSTEM = 30
+"""Then a new one: the services keep everything in memory. The next one has another
+COMMIT_DELAY_MS."""
 
 SOME = 40
 RECOVERY_TIMEOUT_S = 60.0
@@ -178,18 +190,27 @@ def run(rounds: int, seed: int, *, until: float = float("inf")) -> Report:
     """
     report = Report("kills", seed)
     dice = random.Random(seed)  # noqa: S311 - a test's dice
+    # Each delay gets half of the strikes, however few there are.
+    most = min(CYCLES_PER_SYSTEM, math.ceil(rounds / len(COMMIT_DELAYS_MS)))
+    delays = itertools.cycle(dice.sample(COMMIT_DELAYS_MS, len(COMMIT_DELAYS_MS)))
     while report.rounds < rounds and time.monotonic() < until and not report.violations:
-        cycles = min(CYCLES_PER_SYSTEM, rounds - report.rounds)
-        with _system(dice.choice(_RETENTIONS)) as system:
+        cycles = min(most, rounds - report.rounds)
+        delay_ms = next(delays)
+        with _system(dice.choice(_RETENTIONS), delay_ms) as system:
             _torture(system, cycles, dice, report, until)
+        report.counts[f"with COMMIT_DELAY_MS {delay_ms}"] += cycles
     return report
 
 
 @contextmanager
-def _system(retention_hours: str) -> Iterator[System]:
+def _system(retention_hours: str, commit_delay_ms: str) -> Iterator[System]:
     with (
         WireTap() as tap,
-        Rig(MQTT_PORT=str(tap.port), SPOOL_RETENTION_HOURS=retention_hours) as rig,
+        Rig(
+            MQTT_PORT=str(tap.port),
+            SPOOL_RETENTION_HOURS=retention_hours,
+            COMMIT_DELAY_MS=commit_delay_ms,
+        ) as rig,
     ):
         tap.upstream = rig.broker.port
         rig.broker.start()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.harness import COMMIT_DELAYS_MS
 from tests.torture.broken import MUTATIONS, OFTEN
 from tests.torture.images import Disk
 from tests.torture.recording import Recording, record
@@ -51,6 +52,7 @@ class Report:
         messages: How many were published for them.
         acked: How many PUBACKs were seen for them.
         writes: By the file: how many writes their recordings have.
+        delays: By COMMIT_DELAY_MS: how many images there were of recordings with it.
         cuts: By the kind of what came last before the cut: how many.
         violations: Of each image that broke a rule: its number and what it broke.
         kept: Where the files of those images are.
@@ -65,6 +67,7 @@ class Report:
     messages: int = 0
     acked: int = 0
     writes: Counter[str] = field(default_factory=Counter)
+    delays: Counter[str] = field(default_factory=Counter)
     cuts: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[int, Violation]] = field(default_factory=list)
     kept: Path | None = None
@@ -100,6 +103,7 @@ class Report:
             f"power cuts: seed {self.seed}: {tried}, {ended}, {again}, {result}",
             f"{self.acked} PUBACKs; writes: {dict(self.writes.most_common())}",
             f"cut after: {dict(self.cuts.most_common())}",
+            f"COMMIT_DELAY_MS: {dict(self.delays.most_common())}",
         ]
         if self.kept is not None:
             lines.append(f"the images that broke a rule are in {self.kept}")
@@ -119,22 +123,32 @@ def run(images: int, seed: int) -> Report:
         NoStraceError: strace is missing or may not trace.
     """
     report = Report(seed)
-    # Even, so that both ways are tried: the product as it is, and with many checkpoints.
+    # Even, so that both ways are tried: the product as it is, and with many checkpoints; and
+    # readings that gather, and such that do not. Which goes with which depends on the seed; in a
+    # longer run each goes with each.
     recordings = 2 * math.ceil(images / (2 * IMAGES_A_RECORDING))
     for number in range(recordings):
         chance = random.Random(f"{seed} {number}")  # noqa: S311 - no secret
         wanted = math.ceil((images - report.images) / (recordings - number))
-        try_recording(report, wanted, chance, change=OFTEN if number % 2 else "")
+        often, delay = number % 2, (number + number // 2 + seed) % len(COMMIT_DELAYS_MS)
+        try_recording(
+            report,
+            wanted,
+            chance,
+            change=OFTEN if often else "",
+            commit_delay_ms=COMMIT_DELAYS_MS[delay],
+        )
     return report
 
 
-def try_recording(
+def try_recording(  # noqa: PLR0913 - all of them say what is recorded
     report: Report,
     images: int,
     chance: random.Random,
     *,
     messages: int = MESSAGES,
     change: str = "",
+    commit_delay_ms: str = COMMIT_DELAYS_MS[-1],
 ) -> None:
     """Make one recording and try ``images`` of it; add what comes of it to ``report``.
 
@@ -145,11 +159,19 @@ def try_recording(
         messages: How many are published.
         change: One of :mod:`tests.torture.broken`: of a mutation nothing is killed, and no image
             revived or kept.
+        commit_delay_ms: How long the readings gather.
     """
     began = time.monotonic()
     mutated = change in MUTATIONS
     with tempfile.TemporaryDirectory(prefix="sluice-cut-") as scratch:
-        recording = record(Path(scratch), messages, chance, change=change, calm=mutated)
+        recording = record(
+            Path(scratch),
+            messages,
+            chance,
+            change=change,
+            commit_delay_ms=commit_delay_ms,
+            calm=mutated,
+        )
     report.messages += len(recording.packets)
     report.acked += sum(1 for _ in acknowledged(recording.events))
     written = (Path(e.path).name for e in recording.events if e.kind is Kind.WRITE)
@@ -157,6 +179,7 @@ def try_recording(
     for cut, files in images_of(recording, _cuts(recording, images, chance), chance):
         last = recording.events[cut - 1]
         report.cuts[last.kind.value] += 1
+        report.delays[commit_delay_ms] += 1
         truth = recording.witness.truth(last.at)
         found = judged(files, truth)
         if not mutated and report.images % IMAGES_A_REVIVAL == IMAGES_A_REVIVAL // 2:
@@ -252,12 +275,14 @@ def _opening(recording: Recording) -> int:
 def _cuts(recording: Recording, images: int, chance: random.Random) -> Sequence[int]:
     """Return after how many events to cut, rising: anywhere, and as often where it matters.
 
-    That is right behind what was said to the broker, and right before a sync has ended; and one
-    in ten while the files are made.
+    That is right behind what was said to the broker, and right before and right behind the end of a
+    sync, where readings are on the disk and not yet acknowledged; and one in ten while the files
+    are made.
     """
     events = recording.events
     delicate = [n + 1 for n, event in enumerate(events) if event.kind is Kind.SEND]
-    delicate += [n for n, event in enumerate(events) if event.kind is Kind.SYNC_ENDS and n]
+    ends = [n for n, event in enumerate(events) if event.kind is Kind.SYNC_ENDS and n]
+    delicate += [*ends, *(n + 1 for n in ends)]
     opening = _opening(recording)
 
     def cut() -> int:

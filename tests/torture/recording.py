@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.fakes.rows import Row
-from tests.harness import COLLECTOR, FORWARDERS, PROGRAMS, Load, Packet, Program, Rig, wait_until
+from tests.harness import (
+    COLLECTOR,
+    COMMIT_DELAYS_MS,
+    FORWARDERS,
+    PROGRAMS,
+    Load,
+    Packet,
+    Program,
+    Rig,
+    wait_until,
+)
 from tests.harness.cloud import TABLE_REF, TOPIC_PATH
 from tests.torture import syscalls
 from tests.torture.syscalls import Event
@@ -61,10 +71,18 @@ class Recording:
     """The write streams that were made, in order."""
     table_created_ms: int
     """When the table was made: another time is another table."""
+    commit_delay_ms: str
+    """How long the readings gathered."""
 
 
-def record(
-    scratch: Path, messages: int, chance: random.Random, *, change: str = "", calm: bool = False
+def record(  # noqa: PLR0913 - all of them say what is recorded
+    scratch: Path,
+    messages: int,
+    chance: random.Random,
+    *,
+    change: str = "",
+    commit_delay_ms: str = COMMIT_DELAYS_MS[-1],
+    calm: bool = False,
 ) -> Recording:
     """Run the system over ``messages`` messages until all is delivered.
 
@@ -73,6 +91,7 @@ def record(
         messages: How many.
         chance: Decides when something is killed.
         change: One of :mod:`tests.torture.broken`; empty for the product as it is.
+        commit_delay_ms: How long the readings gather.
         calm: Whether nothing is killed on the way, nor waited for in the end: a broken build may
             never deliver all.
 
@@ -80,7 +99,9 @@ def record(
         NoStraceError: strace is missing or may not trace.
     """
     while True:
-        with traced(scratch, change, retention_hours=RETENTION_HOURS) as system:
+        with traced(
+            scratch, change, retention_hours=RETENTION_HOURS, commit_delay_ms=commit_delay_ms
+        ) as system:
             _Scenario(system).run(messages, chance, calm=calm)
             recording = system.recording()
         if recording is not None:
@@ -88,13 +109,20 @@ def record(
 
 
 @contextmanager
-def traced(scratch: Path, change: str = "", *, retention_hours: str = "24") -> Iterator["Traced"]:
+def traced(
+    scratch: Path,
+    change: str = "",
+    *,
+    retention_hours: str = "24",
+    commit_delay_ms: str = COMMIT_DELAYS_MS[-1],
+) -> Iterator["Traced"]:
     """Give out a system whose programs are under strace; nothing runs yet but the services.
 
     Args:
         scratch: Where the logs go.
         change: One of :mod:`tests.torture.broken`; empty for the product as it is.
         retention_hours: How long delivered readings are kept.
+        commit_delay_ms: How long the readings gather.
 
     Raises:
         NoStraceError: strace is missing or may not trace.
@@ -113,7 +141,7 @@ def traced(scratch: Path, change: str = "", *, retention_hours: str = "24") -> I
     logs = {name: scratch / f"{name}.strace" for name in PROGRAMS}
     for log in logs.values():
         log.unlink(missing_ok=True)
-    with Rig(SPOOL_RETENTION_HOURS=retention_hours) as rig:
+    with Rig(SPOOL_RETENTION_HOURS=retention_hours, COMMIT_DELAY_MS=commit_delay_ms) as rig:
         system = Traced(rig, logs, binary, change)
         for name in PROGRAMS:
             system.prepare(name)
@@ -197,6 +225,7 @@ class Traced:
             rig.cloud.bigquery.rows(TABLE_REF),
             rig.cloud.write_api.streams.names,
             rig.cloud.bigquery.store.table(TABLE_REF).created_ms,
+            rig.variables["COMMIT_DELAY_MS"],
         )
 
     def _appends(self) -> Iterator[Arrival]:

@@ -54,7 +54,7 @@ def revive(
     try:
         received, sent = _sent_again(files, truth, recording.packets)
         # A shorter retention than a broker's memory would make duplicates, lawfully.
-        with traced(scratch, change) as system:
+        with traced(scratch, change, commit_delay_ms=recording.commit_delay_ms) as system:
             rig = system.rig
             for name, content in files.items():
                 (rig.spool_dir / name).write_bytes(content)

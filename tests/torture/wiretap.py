@@ -30,6 +30,7 @@ class WireTap:
         self.port = free_port()
         self.upstream = 0
         self._acknowledged: list[bytes] = []
+        self._passed: set[bytes] = set()
         self._ended = threading.Event()
         self._listener = socket.create_server((HOST, self.port))
         self._listener.settimeout(_POLL_S)
@@ -50,6 +51,11 @@ class WireTap:
     def acknowledged(self) -> list[bytes]:
         """The payloads that the collector acknowledged, in order; repetitions included."""
         return self._acknowledged.copy()
+
+    @property
+    def published(self) -> int:
+        """How many different payloads were passed on to the collector."""
+        return len(self._passed)
 
     @property
     def count(self) -> int:
@@ -92,8 +98,10 @@ class WireTap:
                         data = broker.recv(_READ_BYTES)
                         if not data:
                             return
-                        published.update(_messages(down.feed(data)))
+                        messages = dict(_messages(down.feed(data)))
+                        published.update(messages)
                         client.sendall(data)
+                        self._passed.update(messages.values())
             finally:
                 # What it said before it, or the broker, died counts as said.
                 client.settimeout(0)
