@@ -23,6 +23,10 @@ WAL_KEPT_BYTES = 64 * 1024 * 1024
 """A write-ahead log that a long reader made grow is cut back to this."""
 
 WAL_CHECKPOINT_PAGES = 1000
+"""Of USUAL_PAGE_BYTES each; of smaller ones as many more."""
+
+USUAL_PAGE_BYTES = 4096
+"""SQLite's, where nothing else is asked for."""
 
 FILE_MODE = 0o640
 
@@ -57,7 +61,11 @@ def refuse_orphaned_log(path: Path) -> None:
 
 
 def open_owner(
-    path: Path, *, synced: bool = False, lock_wait: LockWait | None = None
+    path: Path,
+    *,
+    synced: bool = False,
+    lock_wait: LockWait | None = None,
+    page_bytes: int = USUAL_PAGE_BYTES,
 ) -> OwnerConnection:
     """Open ``path`` as its only writer, and create it where it is missing.
 
@@ -70,6 +78,7 @@ def open_owner(
             second.
         lock_wait: How the lock of another process is waited for, now and by
             :func:`spool.locks.begin`; by default some seconds.
+        page_bytes: The size of a new file's pages; one that is there keeps its own.
 
     Raises:
         StorageFaultError: It cannot be opened, or its log cannot be synced; CorruptFileError if
@@ -96,6 +105,7 @@ def open_owner(
         # First of all: already some of the settings are a commit, which stands behind the others.
         if not synced:
             rewrite_log(conn, path)
+        conn.execute(f"PRAGMA page_size={page_bytes}")
         conn.lock_wait.run(lambda: _configure_owner(conn), path)
     except sqlite3.Error as error:
         conn.close()
@@ -121,7 +131,9 @@ def _configure_owner(conn: sqlite3.Connection) -> None:
     # power cut, although the broker heard "received".
     conn.execute("PRAGMA synchronous=FULL")
     conn.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")
-    conn.execute(f"PRAGMA wal_autocheckpoint={WAL_CHECKPOINT_PAGES}")
+    (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+    pages = WAL_CHECKPOINT_PAGES * USUAL_PAGE_BYTES // page_bytes
+    conn.execute(f"PRAGMA wal_autocheckpoint={pages}")
     # Debian's SQLite overwrites what is deleted with zeros, and so writes pages that are free.
     conn.execute("PRAGMA secure_delete=OFF")
     # What a person might have left behind in the schema must not run code.
