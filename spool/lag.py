@@ -34,6 +34,7 @@ class CursorLag:
         self._max_rows = 0.0
         self._clock: Callable[[], float] = time.monotonic
         self._since_s = 0.0
+        self._begun = False
         self.epoch = ""
         """Of the spool; empty where nothing is to be noted."""
         self.seq = 0
@@ -49,8 +50,11 @@ class CursorLag:
         self._max_s, self._max_rows, self._clock = max_s, max_rows, clock
 
     def may_wait(self, rows: int) -> bool:
-        """Return whether a step that ends ``rows`` behind the file's cursor may be kept."""
-        return rows < self._max_rows and self.due_in_s() > 0
+        """Return whether a step that ends ``rows`` behind the file's cursor may be kept.
+
+        Not the first of a process: one that is killed again and again comes on all the same.
+        """
+        return self._begun and rows < self._max_rows and self.due_in_s() > 0
 
     def due_in_s(self) -> float:
         """Return in how many seconds the file has to be written: at most ``max_s``."""
@@ -63,6 +67,10 @@ class CursorLag:
         if not self.epoch:
             self._since_s = self._clock()
         self.epoch, self.seq = epoch, seq
+
+    def moved(self) -> None:
+        """Take note that this process has moved the file's cursor."""
+        self._begun = True
 
     def clear(self) -> None:
         """Keep nothing: the file has it."""

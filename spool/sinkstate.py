@@ -304,6 +304,7 @@ class SinkState:
             (epoch, seq, time.time_ns() // 1000),
         )
         self.beat.write_if_due(conn)
+        self._lag.moved()
 
     def set_status(self, state: str, detail: str) -> None:
         """Say what the forwarder is doing, for people and for the collector's snapshot."""

@@ -75,6 +75,17 @@ def test_the_first_step_in_a_spool_is_noted_at_once(state: SinkState) -> None:
     assert noted(state.path) == (3, 15)
 
 
+def test_the_first_step_of_a_process_is_noted_at_once(state: SinkState, clock: Clock) -> None:
+    state.close()
+    again = SinkState.open(state.path.parent, "pubsub")
+    again.let_cursor_lag(LAG_MAX_S, LAG_MAX_ROWS, clock)
+    again.settle(Settlement(EPOCH, 12, 2))
+    assert noted(again.path) == (12, 12)
+    again.settle(Settlement(EPOCH, 13, 1))
+    assert noted(again.path) == (12, 12)
+    again.close()
+
+
 def test_steps_over_delivered_rows_wait_for_their_time_and_are_seen_here_at_once(
     state: SinkState, clock: Clock
 ) -> None:
