@@ -162,13 +162,15 @@ def test_what_waited_is_still_to_be_noted_where_the_file_could_not_be_written(
     assert noted(state.path) == (12, 12)
 
 
+def commit_and_fail(conn: OwnerConnection) -> None:
+    """Commit, and say that it failed."""
+    commit(conn)
+    raise sqlite3.OperationalError("disk I/O error")
+
+
 def test_a_commit_that_failed_and_took_place_counts_once(
     state: SinkState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def commit_and_fail(conn: OwnerConnection) -> None:
-        commit(conn)
-        raise sqlite3.OperationalError("disk I/O error")
-
     state.settle(Settlement(EPOCH, 12, 2))
     with monkeypatch.context() as patch:
         patch.setattr(sinkstate, "commit", commit_and_fail)
@@ -178,6 +180,19 @@ def test_a_commit_that_failed_and_took_place_counts_once(
     state.settle(Settlement(EPOCH, 13, 1))
     state.catch_up()
     assert noted(state.path) == (13, 13)
+
+
+def test_after_a_later_step_that_took_place_the_cursor_does_not_go_back(
+    state: SinkState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.settle(Settlement(EPOCH, 12, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sinkstate, "commit", commit_and_fail)
+        with pytest.raises(StorageFaultError):
+            state.settle(Settlement(EPOCH, 15, 1, gaps=[Gap(13, 14, "left")]))
+    assert state.position(EPOCH) == 15
+    state.set_status("delivering", "")
+    assert noted(state.path) == (15, 13)
 
 
 def test_a_kill_takes_what_waited_and_nothing_else(state: SinkState) -> None:
