@@ -171,18 +171,46 @@ class BatchDelivery:
     def settle_durably(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
         """Move the cursor; on a full disk wait for room rather than deliver all again."""
         moves = settlement.seq != self.position
+
+        def settle() -> None:
+            # A commit that failed may have taken place.
+            if not (moves and self._state.position(settlement.epoch) == settlement.seq):
+                self._state.settle(settlement, ahead)
+
+        self._note_durably(settle)
+
+    def _note_durably(self, note: Callable[[], None]) -> None:
         while True:
             try:
-                self._state.settle(settlement, ahead)
+                note()
             except DiskFullError as error:
                 log.critical("cannot note what was delivered, waiting for room: %s", error)
                 self._watchdog.beat(LOOP)
                 if self._stop.wait(DISK_FULL_RETRY_S):
                     raise
-                if moves and self._state.position(settlement.epoch) == settlement.seq:
-                    return  # the commit that failed did take place
             else:
                 return
+
+    def catch_up(self) -> None:
+        """Note what was delivered, if its time has come; on a full disk wait for room."""
+        if self._state.lag_due_in_s == 0:
+            self._note_durably(self._state.catch_up)
+
+    def wait(self, timeout_s: float, also: SpoolReader | None = None) -> bool:
+        """Wait, and have what was delivered noted in time; return whether to stop.
+
+        Args:
+            timeout_s: How long at most.
+            also: New rows that it announces end the wait; then it also ends when something is to be
+                noted, for the caller comes round again.
+        """
+        due_s = self._state.lag_due_in_s
+        if due_s is not None and due_s <= timeout_s:
+            if also is None or not due_s:
+                self._note_durably(self._state.catch_up)
+            else:
+                timeout_s = due_s
+        return self._stop.wait(timeout_s, also)
 
     def wait_after(self, fault: Fault | None, failures: int, waiting: int) -> bool:
         """Say what is wrong and wait; return whether to stop."""
@@ -204,6 +232,7 @@ class BatchDelivery:
                 after_seq=self.position,
             ),
         )
+        self._note_durably(self._state.catch_up)
         deadline = self._clock() + wait_s
         while not self._stop.requested and (left_s := deadline - self._clock()) > 0:
             self._watchdog.beat(LOOP)

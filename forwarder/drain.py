@@ -25,6 +25,8 @@ from forwarder.readahead import ReadAhead
 from forwarder.sink import JournalledSink, Sink
 from lifecycle import StopRequest, Watchdog, fields
 from spool import (
+    LAG_MAX_ROWS,
+    LAG_MAX_S,
     SPOOL_DAMAGED,
     CorruptFileError,
     DiskFullError,
@@ -110,6 +112,13 @@ class Drain:
             clock=clock,
         )
         self._letters = batches.letters
+        journalled = isinstance(sink, JournalledSink)
+        state.let_cursor_lag(
+            # With the next batch's commit, which takes place anyway.
+            max(LAG_MAX_S, 2 * sink.gather_s) if journalled else LAG_MAX_S,
+            sys.maxsize if journalled else LAG_MAX_ROWS,
+            clock,
+        )
         self._idle_check = IdleCheck(
             sink,
             batches.set_status,
@@ -177,6 +186,7 @@ class Drain:
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
             self._batches.flush_notices()
+            self._batches.catch_up()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now
@@ -184,7 +194,7 @@ class Drain:
             reader = self._reader
             if reader is None:
                 self._idle_check.look()
-                self._stop.wait(SPOOL_CHECK_S)
+                self._batches.wait(SPOOL_CHECK_S)
                 continue
             self._hold_for_log()
             bypassed = self._bypass.active
@@ -196,21 +206,21 @@ class Drain:
                 self._position = self._bypass.cursor
                 if self._bypass.active:
                     if not wait_s and self._log_hold is not None:
-                        self._stop.wait(self._log_hold.pause_s(self._clock() - now, more=False))
-                    self._stop.wait(wait_s, reader if reader.listening else None)
+                        self._batches.wait(self._log_hold.pause_s(self._clock() - now, more=False))
+                    self._batches.wait(wait_s, reader if reader.listening else None)
                     continue
             if (reader.changed() or bypassed) and self._drain_available(reader):
                 last_row_at = self._clock()
                 # Rows that come close together go together; where the service took long,
                 # those behind have waited long enough.
-                self._stop.wait(max(0.0, now + self._sink.gather_s - last_row_at))
+                self._batches.wait(max(0.0, now + self._sink.gather_s - last_row_at))
             elif reader.listening:
                 self._idle_check.look()
-                self._stop.wait(POLL_ANNOUNCED_S, reader)
+                self._batches.wait(POLL_ANNOUNCED_S, reader)
             else:
                 self._idle_check.look()
                 busy = self._clock() - last_row_at < BUSY_FOR_S
-                self._stop.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
+                self._batches.wait(POLL_BUSY_S if busy else POLL_IDLE_S)
 
     def _check_spool(self) -> None:
         """Open the spool once it is there, and again when another took its place."""
@@ -294,13 +304,13 @@ class Drain:
                 full = len(rows) >= self._batch_rows or batch.shortened
                 pause_s = self._log_hold.pause_s(self._clock() - begun, more=full)
                 if pause_s:
-                    self._stop.wait(pause_s)
+                    self._batches.wait(pause_s)
         self._ahead.forget()
         return any_rows
 
     def _pause_for_rate(self, rows: int, begun_s: float) -> None:
         if self._max_rate:
-            self._stop.wait(pause_for_rate_s(rows, self._max_rate, self._clock() - begun_s))
+            self._batches.wait(pause_for_rate_s(rows, self._max_rate, self._clock() - begun_s))
 
     def _room_for_dead_letters(self, reader: SpoolReader) -> bool:
         """Wait until a batch may begin; return False where ``reader`` is to be used no more."""

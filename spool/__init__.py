@@ -24,7 +24,9 @@ once it is durable. ``seq`` grows by one per row and has no holes but at the low
 **Acknowledge.** A forwarder moves its cursor over the contiguous prefix of rows that were
 delivered, became dead letters, or were found missing (a gap), all in one transaction
 (:class:`SinkState`). The cursor names the epoch of the spool it belongs to; a spool with
-another epoch is read from its start, a cursor beyond the spool's end is an alarm.
+another epoch is read from its start, a cursor beyond the spool's end is an alarm. A step over
+delivered rows alone may be noted some moments later, with the file's next transaction at the latest
+(:mod:`spool.lag`); what a crash takes of that is delivered again.
 
 While a site is held, others may be delivered ahead of it (:func:`load_ahead`): the cursor stays
 before the held site's first reading, and the same transaction notes how far the others are.
@@ -75,6 +77,7 @@ from spool.files import sink_path, spool_path
 from spool.guard import claim_environment, pending, refuse_backlog
 from spool.insertion import REJECTED_PAYLOAD_BYTES
 from spool.journal import AppendJournal, Cut, Journal
+from spool.lag import LAG_MAX_ROWS, LAG_MAX_S
 from spool.locks import LockWait
 from spool.logwatch import LogWatch
 from spool.notices import LogNotice
@@ -101,6 +104,8 @@ from spool.writer import SpoolWriter
 __all__ = [
     "BEAT_S",
     "DEAD_LETTER_MAX_BYTES",
+    "LAG_MAX_ROWS",
+    "LAG_MAX_S",
     "LOGGED",
     "REJECTED_PAYLOAD_BYTES",
     "ROW_OVERHEAD_BYTES",

@@ -10,7 +10,7 @@ from hypothesis.stateful import invariant, rule
 from forwarder.sink import Delivery
 from spool import Reading
 from tests.test_drain import SITES, TRANSIENT, RandomSink
-from tests.test_drain_model import CrashError, DrainMachine, MoodySink
+from tests.test_drain_model import LAG_ROWS, DrainMachine, MoodySink
 
 
 class KeyedSink(MoodySink):
@@ -19,18 +19,13 @@ class KeyedSink(MoodySink):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self.refused: set[str] = set()
-        self.crashes = 0
         self.trouble = TRANSIENT
 
     def deliver(self, rows: Sequence[Reading]) -> Delivery:
         """Refuse the readings of some sites, and do with the others what the mood says."""
         refused = [row for row in rows if row[4] in self.refused]
         others = [row for row in rows if row[4] not in self.refused]
-        try:
-            delivery = super().deliver(others) if others else Delivery()
-        except CrashError:
-            self.crashes += 1
-            raise
+        delivery = super().deliver(others) if others else Delivery()
         if refused:
             delivery.retry = sorted([*delivery.retry, *refused])
             delivery.fault = delivery.fault or self.trouble
@@ -63,11 +58,18 @@ class BypassMachine(DrainMachine):
         self.sink.feel(0)
         self.drain(waits, None)
 
+    @rule(crash_after=st.integers(8, 60))
+    def drain_well_and_crash(self, crash_after: int) -> None:
+        """Run while the service takes what it does not refuse, until the process is killed."""
+        self.sink.feel(0)
+        self.bench.append(20)
+        self.drain(40, crash_after)
+
     @invariant()
-    def only_a_crash_repeats_and_at_most_one_batch(self) -> None:
+    def only_a_crash_repeats_and_at_most_one_batch_and_the_lag(self) -> None:
         times = Counter(row[0] for row in self.sink.acknowledged)
         repeated = sum(count - 1 for count in times.values())
-        assert repeated <= self.sink.crashes * RandomSink.max_rows
+        assert repeated <= self.crashes * (RandomSink.max_rows + LAG_ROWS - 1)
 
 
 TestBypassModel = BypassMachine.TestCase

@@ -72,7 +72,10 @@ def test_what_they_take_is_counted_with_them(state: SinkState) -> None:
 
 def test_the_count_is_about_what_the_file_takes(state: SinkState) -> None:
     def pages() -> int:
-        return int(str(look(state.path, "PRAGMA page_count")[0][0])) * 4096
+        (page_bytes,), (count,) = (
+            look(state.path, f"PRAGMA {name}")[0] for name in ("page_size", "page_count")
+        )
+        return int(str(page_bytes)) * int(str(count))
 
     empty = pages()
     for first in range(1, 4001, 500):

@@ -1,9 +1,17 @@
-"""The drain loop against a service that misbehaves as it likes, with crashes at any row."""
+"""The drain loop against a service that misbehaves as it likes, with crashes at any step.
 
+A crash comes at any row, and before or after any transaction of the sink's file; it takes what the
+cursor lags behind.
+"""
+
+import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -16,9 +24,35 @@ from tests.test_spool_writer import look
 ROWS_MAX = 900
 """Below what RandomSink has made up its mind about."""
 
+LAG_ROWS = 12
+"""Small, so that this bound is met as well."""
+
 
 class CrashError(BaseException):
     """The process is gone; nothing of what it still had in mind happens."""
+
+
+class MortalState(SinkState):
+    """Has the process killed before or after one of its transactions."""
+
+    steps_left: ClassVar[int | None] = None
+
+    @classmethod
+    def step(cls) -> None:
+        """Stand before or behind a transaction."""
+        if cls.steps_left is not None:
+            cls.steps_left -= 1
+            if cls.steps_left < 0:
+                cls.steps_left = None
+                raise CrashError
+
+    @contextmanager
+    def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+        """Crash before it, or after its commit."""
+        self.step()
+        with super().transaction(operation) as conn:
+            yield conn
+        self.step()
 
 
 class MoodySink(RandomSink):
@@ -49,8 +83,12 @@ class DrainMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("forwarder.drain.LAG_MAX_ROWS", LAG_ROWS)
         self.holder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.holder.name))
+        self.open_again()
+        self.crashes = 0
         self.sink = self.make_sink()
         self.position = 0
         self.gone = 0
@@ -60,7 +98,13 @@ class DrainMachine(RuleBasedStateMachine):
         """Return the service."""
         return MoodySink(0)
 
+    def open_again(self) -> None:
+        """Take up the sink's file, as the next process does."""
+        self.bench.state.close()
+        self.bench.state = MortalState.open(self.bench.directory, "pubsub")
+
     def teardown(self) -> None:
+        self.patch.undo()
         self.sink.feel(0)
         self.drain(waits=10_000, crash_after=None)
         assert self.bench.drained()
@@ -85,9 +129,15 @@ class DrainMachine(RuleBasedStateMachine):
         try:
             bench.drain(self.sink, lambda: bench.drained() or len(bench.stop.waits) >= waits)
         except CrashError:
-            bench.state.close()
-            bench.state = SinkState.open(bench.directory, "pubsub")
-        self.sink.crash_after = None
+            self.crashes += 1
+            self.open_again()
+        self.sink.crash_after = MortalState.steps_left = None
+
+    @rule(waits=st.integers(1, 6), steps=st.integers(0, 12))
+    def drain_and_crash_at_a_transaction(self, waits: int, steps: int) -> None:
+        """Run one forwarder until it has stood so often before or behind a transaction."""
+        MortalState.steps_left = steps
+        self.drain(waits, None)
 
     @rule()
     def prune(self) -> None:

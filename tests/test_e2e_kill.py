@@ -2,11 +2,13 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from spool import LAG_MAX_ROWS
 from tests.harness import (
     COLLECTOR,
     COMMIT_DELAYS_MS,
@@ -24,6 +26,8 @@ RATE = 400
 """Readings a second: many are always on their way, and no machine is too slow for it."""
 
 SOME = RATE // 2
+CALM_RATE = 50
+CALM_KILLS = 4
 TIMEOUT_S = 40.0
 TRIES = 20
 AT_ONCE, GATHERING = COMMIT_DELAYS_MS
@@ -161,6 +165,29 @@ def test_kill_9_loses_nothing_that_waits_for_the_next_commit() -> None:
         rig.start(*FORWARDERS)
         rig.wait_until_delivered()
         rig.assert_nothing_lost()
+
+
+def test_kill_9_at_calm_traffic_repeats_no_more_than_the_cursor_lags_behind() -> None:
+    with Rig(BIGQUERY_ENABLED="false") as rig:
+        rig.start(COLLECTOR, "forwarder-pubsub")
+        program = rig.programs["forwarder-pubsub"]
+        unnoted: set[int] = set()
+        with rig.load(CALM_RATE):
+            for _ in range(CALM_KILLS):
+                wait_for_traffic(rig)
+                program.kill()
+                ((cursor,),) = rig.books.rows("pubsub", "SELECT seq FROM cursor")
+                behind = {one.seq for one in rig.cloud.received("pubsub") if one.seq > cursor}
+                unnoted |= behind
+                assert len(behind) < LAG_MAX_ROWS
+                program.start()
+        rig.wait_until_delivered()
+        rig.assert_nothing_lost()
+        counts = Counter(one.seq for one in rig.cloud.received("pubsub"))
+        repeated = {seq for seq, count in counts.items() if count > 1}
+        assert repeated, "nothing lagged"
+        assert repeated <= unnoted
+        assert max(counts.values()) <= 1 + CALM_KILLS
 
 
 def test_kill_9_of_the_broker_loses_nothing_that_it_had_saved() -> None:

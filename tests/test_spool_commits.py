@@ -1,7 +1,5 @@
 """A commit changes as few pages as can be, and numbers are given once, also after an upgrade."""
 
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,22 +11,8 @@ from spool.insertion import ADD_COUNTER
 from spool.locks import begin, commit
 from spool.migrations import spool_migrations
 from spool.records import READING_COLUMNS
+from tests.harness.wal import commits
 from tests.test_spool_writer import edit, look, new_reading
-
-HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24
-
-
-def commits(log: Path) -> Iterator[list[int]]:
-    """Yield the numbers of the pages of each commit (https://www.sqlite.org/walformat.html)."""
-    data = log.read_bytes()
-    page_bytes = int.from_bytes(data[8:12], "big")
-    pages: list[int] = []
-    for at in range(HEADER_BYTES, len(data), FRAME_HEADER_BYTES + page_bytes):
-        page, pages_of_the_file = struct.unpack(">II", data[at : at + 8])
-        pages.append(page)
-        if pages_of_the_file:  # only in the last frame of a commit
-            yield pages
-            pages = []
 
 
 def test_a_commit_of_few_readings_changes_their_page_and_the_counters(tmp_path: Path) -> None:
@@ -37,7 +21,7 @@ def test_a_commit_of_few_readings_changes_their_page_and_the_counters(tmp_path: 
     writer.checkpoint()
     for number in range(1, 5):
         writer.append([new_reading(number)], [], {"received": 1, "spooled": 1})
-    made = list(commits(tmp_path / "spool.db-wal"))
+    made = commits(writer.path)
     assert len(made) == 4
     assert {len(pages) for pages in made} == {2}
     assert len({page for pages in made for page in pages}) == 2
@@ -74,7 +58,7 @@ def test_a_spool_of_the_release_before_goes_on_with_its_numbers(older: Path) -> 
     assert look(writer.path, "PRAGMA integrity_check") == [("ok",)]
     writer.checkpoint()
     writer.append([new_reading(8)], [], {})
-    assert [len(pages) for pages in commits(older / "spool.db-wal")] == [2]
+    assert [len(pages) for pages in commits(writer.path)] == [2]
     reader.close()
     writer.close()
 

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -361,11 +361,21 @@ class CrashingJournal(AppendJournal):
 
 
 class CrashingState(SinkState):
-    """Crashes before or after the cursor moves."""
+    """Crashes before or after the cursor moves, and any of the file's transactions."""
 
-    dice: Dice
+    dice: Dice | None = None
+
+    @contextmanager
+    def transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+        if self.dice is not None:
+            self.dice.crash()
+        with super().transaction(operation) as conn:
+            yield conn
+        if self.dice is not None:
+            self.dice.crash()
 
     def settle(self, settlement: Settlement, ahead: AheadStep | None = None) -> None:
+        assert self.dice is not None
         self.dice.crash()
         super().settle(settlement, ahead)
         self.dice.crash()
