@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from collector.clockwatch import ClockWatch
+from collector.gather import Gathering
 from collector.housekeeping import STANDS_STILL, Housekeeping, warn_of_small_disk
 from collector.identity import KeptIdentity
 from collector.inbox import Inbox
@@ -220,7 +221,7 @@ def _collect(
 ) -> None:
     watchdog = Watchdog([NETWORK_LOOP, WRITER_LOOP], WATCHDOG_S)
     writer.lock_wait.beat = partial(watchdog.beat, WRITER_LOOP)
-    inbox = Inbox(on_room=stop.wake)
+    inbox = Inbox(on_room=stop.wake, gathering=Gathering(settings.commit_delay_ms / 1000))
     conditions = Conditions()
     link = BrokerLink(f"{settings.mqtt_broker}:{settings.mqtt_port}")
     known = json.loads(writer.meta(SUBSCRIPTION_KEY) or "[]")

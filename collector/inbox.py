@@ -6,12 +6,11 @@ TCP holds the broker back.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from collector.gather import ENOUGH_MESSAGES, SILENCE_S, Gathering
+from collector.gather import ENOUGH_MESSAGES, Gathering
 from collector.packets import Message
 from spool import ROW_OVERHEAD_BYTES
 
@@ -70,29 +69,39 @@ class Inbox:
 
     Args:
         on_room: Called, from the taking thread, when reading may go on.
-        gathering: Decides how long what is there waits for more.
+        gathering: Decides how long what is there waits for more; not at all if there is none.
     """
 
     def __init__(self, on_room: Callable[[], None], gathering: Gathering | None = None) -> None:
         self._on_room = on_room
-        self._gathering = gathering or Gathering()
+        self._gathering = gathering or Gathering(0.0)
         self._items: deque[Delivered] = deque()
         self._messages = 0
         self._bytes = 0
         self._paused = False
         self._closed = False
-        self._wanted = 1
-        """With how many messages the taking thread wants to be woken."""
+        self._gathers = False
+        """Whether the taking thread waits for more than it has."""
         self._changed = threading.Condition()
 
     def put(self, delivered: Delivered) -> None:
         """Add what was read. Never blocks; look at :attr:`full` before reading more."""
+        count = len(delivered.messages)
+        # So many end the wait in any case, and then counting would cost for nothing.
+        few = count < ENOUGH_MESSAGES
+        awaited = sum([qos > 0 for _, _, qos, *_ in delivered.messages]) if few else count
         with self._changed:
             self._items.append(delivered)
-            self._messages += len(delivered.messages)
+            self._messages += count
             self._bytes += delivered.size
-            if self._messages >= self._wanted:
+            self._gathering.arrived(delivered.generation, awaited)
+            if not self._gathers or self._gathering.interrupts(self._messages) or self._half_full:
                 self._changed.notify()
+
+    def acknowledged(self, messages: int) -> None:
+        """Take note that so many acknowledgements went out on the present connection."""
+        with self._changed:
+            self._gathering.acknowledged(messages)
 
     @property
     def full(self) -> bool:
@@ -137,33 +146,20 @@ class Inbox:
         self._gathering.stretched = wanted
 
     def _gather(self) -> None:
-        if self._gathering.stretched:
-            self._gather_long()
-            self._gathering.begins()
-            return
-        had = self._messages
-        wait_s = self._gathering.wait_s() if had < ENOUGH_MESSAGES and not self._closed else 0.0
-        if wait_s:
-            self._wanted = ENOUGH_MESSAGES
-            self._changed.wait(wait_s)
-            self._wanted = 1
-            self._gathering.waited(in_vain=self._messages == had)
-        self._gathering.begins()
-
-    def _gather_long(self) -> None:
-        # Half of the inbox: the network thread is not to stop reading for the wait.
-        left_s, enough = self._gathering.stretched_wait(INBOX_MAX_MESSAGES // 2)
-        while self._messages < enough and self._bytes < INBOX_MAX_BYTES // 2 and not self._closed:
+        gathering = self._gathering
+        self._gathers = True
+        while not (self._closed or self._half_full):
+            left_s = gathering.left_s(self._messages)
             if left_s <= 0:
                 break
-            had, begun = self._messages, time.monotonic()
-            self._wanted = enough
-            self._changed.wait(min(left_s, SILENCE_S))
-            if self._messages == had and left_s >= SILENCE_S:
-                self._gathering.silent(had)
-                break
-            left_s -= time.monotonic() - begun
-        self._wanted = 1
+            self._changed.wait(left_s)
+        self._gathers = False
+        gathering.begins(self._messages)
+
+    @property
+    def _half_full(self) -> bool:
+        # The network thread is not to stop reading for the wait.
+        return self._bytes >= INBOX_MAX_BYTES // 2
 
     def close(self) -> None:
         """Say that nothing more will come."""

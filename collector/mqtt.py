@@ -258,6 +258,7 @@ class BrokerSession:
                 ready += acks
         if ready and self._client.socket() is not None:
             self._client.send_acks(ready)
+            self._inbox.acknowledged(len(ready))
 
     def _on_messages(self, messages: list[Message]) -> None:
         size = sum([len(topic) + len(payload) for topic, payload, *_ in messages])

@@ -1,17 +1,28 @@
-"""Readings that come one by one share a commit; nobody waits long, and nobody waits in vain."""
+"""Readings that come one by one share a commit, and no broker's window stands still for that."""
 
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from collector.gather import ENOUGH_MESSAGES, GATHER_S, IN_VAIN_MAX, LEFT_OUT, Gathering
-from collector.inbox import Delivered, Inbox
+from collector.gather import (
+    ENOUGH_MESSAGES,
+    PATIENCE_LEAST_S,
+    STRETCHED_S,
+    SURE,
+    TRIAL_EVERY_S,
+    Gathering,
+)
+from collector.inbox import INBOX_MAX_BYTES, Delivered, Inbox
 from collector.packets import Message
 from spool import Reading
 from tests.test_drain import Bench, ScriptedSink
+from tests.window_model import Plant, bursts, poisson
+
+DELAY_S = 0.2
+QUEUE_MAX = 1_000
+"""Mosquitto's max_queued_messages, beyond which it drops."""
 
 
 class Clock:
@@ -24,113 +35,347 @@ class Clock:
         return self.now_s
 
 
-def delivered(count: int = 1) -> Delivered:
-    one = Message(b"FCTS/FAE/S1/SolvExtract/T", b"{}", 1, retained=False, mid=1, size=2)
-    return Delivered(1, 0, [one] * count, 10 * count)
+def delivered(count: int = 1, *, qos: int = 1, size: int = 10, generation: int = 1) -> Delivered:
+    one = Message(b"FCTS/FAE/S1/SolvExtract/T", b"{}", qos, retained=False, mid=1, size=2)
+    return Delivered(generation, 0, [one] * count, size * count)
 
 
-def test_a_commit_begins_no_sooner_than_so_long_after_the_last_one_began() -> None:
-    clock = Clock()
-    gathering = Gathering(clock)
-    assert gathering.wait_s() == 0.0
-    gathering.begins()
-    clock.now_s += GATHER_S / 4
-    assert gathering.wait_s() == pytest.approx(GATHER_S * 3 / 4)
-    clock.now_s += GATHER_S
-    assert gathering.wait_s() == 0.0
+class Desk:
+    """A gathering whose time a test moves, and the collector's turn around it."""
+
+    def __init__(self, delay_s: float = DELAY_S) -> None:
+        self.clock = Clock()
+        self.gathering = Gathering(delay_s, self.clock)
+        self.waiting = 0
+
+    def arrive(self, messages: int = 1, gap_s: float = 0.0) -> None:
+        for _ in range(messages):
+            self.clock.now_s += gap_s
+            self.waiting += 1
+            self.gathering.arrived(1, 1)
+
+    def wait(self) -> float:
+        """Pass the time until the commit begins while nothing comes; return how long it took."""
+        begun_s = self.clock.now_s
+        while (left_s := self.gathering.left_s(self.waiting)) > 0:
+            self.clock.now_s += left_s + 1e-9
+        self.gathering.begins(self.waiting)
+        return self.clock.now_s - begun_s
+
+    def commit(self) -> float:
+        took_s = self.wait()
+        self.gathering.acknowledged(self.waiting)
+        self.waiting = 0
+        return took_s
+
+    def learn(self, window: int) -> None:
+        """Be a broker that sends so many and no more."""
+        while not self.gathering.window:
+            self.arrive(window, 0.001)
+            self.commit()
+        assert self.gathering.window == window
 
 
-def test_waiting_in_vain_is_given_up_for_a_while_and_tried_again() -> None:
-    clock = Clock()
-    gathering = Gathering(clock)
+def test_a_commit_begins_no_sooner_than_the_delay_after_the_last_one_began() -> None:
+    desk = Desk()
+    desk.arrive()
+    assert desk.commit() == 0.0, "a reading that comes alone"
+    begun_s = desk.clock.now_s
+    desk.arrive(8, DELAY_S / 8 - 0.001)
+    assert desk.gathering.left_s(desk.waiting) == pytest.approx(0.008)
+    desk.commit()
+    assert desk.clock.now_s == pytest.approx(begun_s + DELAY_S)
+    desk.clock.now_s += DELAY_S
+    desk.arrive()
+    assert desk.commit() == 0.0
 
-    def turn(*, in_vain: bool) -> bool:
-        gathering.begins()
-        if waited := gathering.wait_s() > 0:
-            gathering.waited(in_vain=in_vain)
-        return waited
 
-    for _ in range(IN_VAIN_MAX - 1):
-        assert turn(in_vain=True)
-    assert turn(in_vain=False)  # one that brought something, and the count begins anew
-    assert all(turn(in_vain=True) for _ in range(IN_VAIN_MAX))
-    assert not any(turn(in_vain=True) for _ in range(LEFT_OUT))
-    assert turn(in_vain=True)
+def test_without_a_delay_nothing_waits() -> None:
+    desk = Desk(0.0)
+    for _ in range(10):
+        desk.arrive()
+        assert desk.commit() == 0.0
+
+
+def test_stretched_commits_have_another_delay_and_the_same_rules() -> None:
+    desk = Desk()
+    desk.gathering.stretched = True
+    assert desk.gathering.delay_s == STRETCHED_S
+    desk.learn(20)
+    desk.arrive(19, 0.001)
+    assert desk.gathering.left_s(19) > 0
+    desk.arrive()
+    assert desk.gathering.left_s(20) == 0.0
+    desk.gathering.stretched = False
+    assert desk.gathering.delay_s == DELAY_S
+    assert Gathering(1.0).delay_s == 1.0
+
+
+def test_enough_messages_wait_for_nothing() -> None:
+    desk = Desk()
+    desk.arrive()
+    desk.commit()
+    desk.arrive(ENOUGH_MESSAGES - 1)
+    assert desk.gathering.left_s(desk.waiting) > 0
+    assert not desk.gathering.enough(desk.waiting)
+    desk.arrive()
+    assert desk.gathering.enough(desk.waiting)
+    assert desk.commit() == 0.0
+
+
+def test_a_window_is_learned_from_waits_that_end_in_silence() -> None:
+    desk = Desk()
+    for turn in range(SURE):
+        desk.arrive(20, 0.001)
+        took_s = desk.commit()
+        assert took_s < DELAY_S / 2, turn
+        if desk.gathering.window:
+            break
+    assert desk.gathering.window == 20
+    desk.arrive(19)
+    assert desk.gathering.left_s(19) > 0
+    desk.arrive()
+    assert desk.gathering.interrupts(20), "the commit begins while it waits"
+    assert desk.commit() == 0.0
+
+
+def test_waits_of_changing_size_are_no_window() -> None:
+    desk = Desk()
+    for turn in range(4 * SURE):
+        desk.arrive(10 + turn % 2, 0.001)
+        desk.commit()
+        assert desk.gathering.window == 0
+
+
+def test_more_outstanding_than_the_window_refutes_it() -> None:
+    desk = Desk()
+    desk.learn(20)
+    desk.arrive(ENOUGH_MESSAGES)
+    assert desk.gathering.window == 0
+    assert desk.commit() == 0.0
+    # Mosquitto 2.0.11 does that now and then: the next silence at the same number is enough.
+    desk.arrive(20, 0.001)
+    assert desk.commit() < DELAY_S / 2
+    assert desk.gathering.window == 20
+
+
+def test_what_comes_while_a_full_window_is_committed_refutes_it() -> None:
+    desk = Desk()
+    desk.learn(20)
+    desk.arrive(20)
+    assert desk.wait() == 0.0
+    desk.arrive()  # before any acknowledgement
+    assert desk.gathering.window == 0
+
+
+def test_a_trial_shows_that_bursts_of_one_size_were_no_window() -> None:
+    desk = Desk()
+    desk.learn(10)
+    desk.clock.now_s += TRIAL_EVERY_S
+    desk.arrive()
+    desk.commit()
+    desk.arrive(10, 0.005)
+    assert desk.gathering.left_s(10) > 0.04, "a trial"
+    desk.arrive(10, 0.005)
+    assert desk.gathering.window == 0
+    desk.commit()
+    desk.arrive(10, 0.001)
+    # Below what was outstanding lately, a silence is the sensors'.
+    assert desk.commit() > 0.1
+
+
+def test_a_trial_in_vain_is_short_and_comes_seldom() -> None:
+    desk = Desk(1.0)
+    desk.learn(20)
+    trials = []
+    begun_s = desk.clock.now_s
+    while desk.clock.now_s < begun_s + 60.0:
+        desk.arrive(20, 0.001)  # 1,000 a second
+        took_s = desk.commit()
+        if took_s:
+            trials.append(took_s)
+        assert desk.gathering.window == 20
+    assert 5 <= len(trials) <= 12
+    assert max(trials) < 0.06, "50 messages in the broker's queue"
+
+
+def test_another_connection_begins_anew() -> None:
+    desk = Desk()
+    desk.learn(20)
+    desk.gathering.arrived(2, 1)
+    assert desk.gathering.window == 0
+    assert desk.gathering.left_s(1) == pytest.approx(PATIENCE_LEAST_S)
+
+
+def test_messages_of_qos_0_wait_for_the_delay_and_count_for_no_window() -> None:
+    desk = Desk()
+    desk.arrive()
+    desk.commit()
+    desk.gathering.arrived(1, 0)
+    assert desk.gathering.left_s(1) == pytest.approx(DELAY_S)
+    assert not desk.gathering.interrupts(1)
+    desk.learn(5)
+    desk.arrive(4)
+    desk.gathering.arrived(1, 0)
+    assert not desk.gathering.enough(5)
+
+
+def test_the_patience_follows_the_gaps_also_while_a_wait_is_under_way() -> None:
+    desk = Desk(1.0)
+    desk.arrive(3, 0.1)
+    desk.commit()
+    desk.arrive(1, 0.1)
+    assert desk.gathering.left_s(1) > 0.1
+    desk.arrive(9, 0.0001)
+    assert desk.gathering.interrupts(10), "the wait under way is longer than is right now"
+    assert desk.gathering.left_s(10) < 0.05
+    assert not desk.gathering.interrupts(10)
+
+
+# --- a plant on a clock of its own
+
+DELAYS_S = (0.05, 0.2, 0.5, 1.0)
+RUN_S = 12.0
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+@pytest.mark.parametrize("way_s", [0.0005, 0.02])
+@pytest.mark.parametrize("window", [1, 5, 20, 100, 1_000])
+@pytest.mark.parametrize("rate", [10, 50, 200, 1_000])
+def test_no_delay_costs_throughput_and_commits_are_few(
+    rate: int, window: int, way_s: float, delay_s: float
+) -> None:
+    at_once = Plant(window, 0.0, way_s).run(poisson(rate), RUN_S)
+    plant = Plant(window, delay_s, way_s).run(poisson(rate), RUN_S)
+    assert plant.stored >= 0.9 * at_once.stored - rate * delay_s
+    if at_once.queued_most < QUEUE_MAX // 5:
+        assert plant.queued_most < QUEUE_MAX // 2
+    if rate * delay_s < 0.8 * window and rate * delay_s > 1:
+        assert plant.commits_per_s(RUN_S / 2) <= 1.1 / delay_s + 0.5
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+@pytest.mark.parametrize("window", [5, 20, 100, 1_000])
+@pytest.mark.parametrize(
+    ("size", "every_s"),
+    [(200, 1.0), (10, 0.05), (10, 0.01), (50, 0.1)],
+)
+def test_sensors_that_send_in_bursts(
+    size: int, every_s: float, window: int, delay_s: float
+) -> None:
+    plant = Plant(window, delay_s).run(bursts(size, every_s), RUN_S)
+    sent = (RUN_S - 0.5) / every_s * size
+    assert plant.stored >= 0.95 * sent - size - delay_s * size / every_s
+    assert plant.queued_most < QUEUE_MAX // 2
+    if window > 4 * size * delay_s / every_s:
+        assert plant.commits_per_s(RUN_S / 2) <= max(2.0 / every_s, 4.0 / delay_s)
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+@pytest.mark.parametrize(("window", "rate"), [(1, 400), (5, 1_000), (20, 1_000), (100, 4_000)])
+def test_a_rate_that_rises_at_once_finds_no_wait_that_lets_a_queue_overflow(
+    window: int, rate: int, delay_s: float
+) -> None:
+    def sent() -> Iterator[float]:
+        for at_s in poisson(10):
+            if at_s > RUN_S / 2:
+                break
+            yield at_s
+        yield from poisson(rate, RUN_S / 2)
+
+    plant = Plant(window, delay_s).run(sent(), RUN_S)
+    assert plant.queued_most < QUEUE_MAX // 2
+    assert plant.gathering.window == window
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+@pytest.mark.parametrize("every_s", [2, 5])
+def test_a_broker_that_does_not_always_keep_to_its_window(every_s: int, delay_s: float) -> None:
+    plant = Plant(20, delay_s, lax=lambda now_s: now_s % every_s < 0.05)
+    plant.run(poisson(1_000), RUN_S)
+    assert plant.queued_most < QUEUE_MAX // 2
+    assert plant.stored >= 0.95 * 1_000 * (RUN_S - delay_s)
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+@pytest.mark.parametrize("windows", [(1_000, 5), (5, 1_000), (20, 1)])
+def test_after_a_reconnect_the_other_brokers_window_counts(
+    windows: tuple[int, int], delay_s: float
+) -> None:
+    plant = Plant(windows[0], delay_s).run(poisson(200), RUN_S)
+    plant.other_broker(windows[1])
+    plant.run(poisson(200, RUN_S), 2 * RUN_S)
+    assert plant.queued_most < QUEUE_MAX // 2
+    assert plant.stored >= 0.95 * 200 * (2 * RUN_S - delay_s)
+    if windows[1] > 200 * delay_s:
+        assert plant.commits_per_s(1.5 * RUN_S) <= 1.1 / delay_s + 0.5
+
+
+# --- the inbox
 
 
 class Recorded(Gathering):
-    """Wants so long a wait each time; keeps whether the waits brought something."""
+    """Wants so long a wait each time; counts the commits."""
 
     def __init__(self, wait_s: float) -> None:
-        super().__init__()
+        super().__init__(wait_s)
         self.asked_s = wait_s
-        self.in_vain: list[bool] = []
+        self.asked = threading.Event()
         self.begun = 0
 
-    def wait_s(self) -> float:
-        return self.asked_s
+    def left_s(self, messages: int) -> float:
+        self.asked.set()
+        return 0.0 if self.enough(messages) else self.asked_s
 
-    def waited(self, *, in_vain: bool) -> None:
-        self.in_vain.append(in_vain)
-
-    def begins(self) -> None:
+    def begins(self, messages: int) -> None:
         self.begun += 1
+        super().begins(messages)
 
 
 LONG_S = 60.0
 """A wait that ends by its time, and not by what should end it, fails by the test's time limit."""
 
 
-def taken_while(gathering: Recorded, first: int, then: list[int]) -> tuple[list[Delivered], Inbox]:
-    """Take from an inbox with ``first`` messages, into which ``then`` come while it waits."""
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(lambda inbox: inbox.put(delivered(ENOUGH_MESSAGES)), id="enough"),
+        pytest.param(lambda inbox: inbox.put(delivered(1, size=INBOX_MAX_BYTES // 2)), id="bytes"),
+        pytest.param(lambda inbox: inbox.close(), id="end"),
+    ],
+)
+def test_what_ends_a_wait_of_the_inbox(ends: Callable[[Inbox], None]) -> None:
+    gathering = Recorded(LONG_S)
     inbox = Inbox(lambda: None, gathering)
-    inbox.put(delivered(first))
+    inbox.put(delivered())
     taken: list[Delivered] = []
     thread = threading.Thread(target=lambda: taken.extend(inbox.take(5_000, 0.0)))
     thread.start()
-    for count in then:
-        inbox.put(delivered(count))
+    assert gathering.asked.wait(LONG_S)
+    inbox.put(delivered())  # which does not
+    ends(inbox)
     thread.join()
-    return taken, inbox
-
-
-def test_enough_messages_end_the_wait() -> None:
-    gathering = Recorded(LONG_S)
-    taken, _ = taken_while(gathering, 1, [1] * (ENOUGH_MESSAGES - 1))
-    assert sum(len(item.messages) for item in taken) >= ENOUGH_MESSAGES
+    assert len(taken) >= 2
     assert gathering.begun == 1
-
-
-def test_enough_messages_do_not_wait_at_all() -> None:
-    gathering = Recorded(LONG_S)
-    taken, _ = taken_while(gathering, ENOUGH_MESSAGES, [])
-    assert sum(len(item.messages) for item in taken) == ENOUGH_MESSAGES
-    assert gathering.in_vain == []
-
-
-def test_the_end_of_the_collector_ends_the_wait() -> None:
-    gathering = Recorded(LONG_S)
-    inbox = Inbox(lambda: None, gathering)
-    inbox.put(delivered())
-    taken: list[Delivered] = []
-    thread = threading.Thread(target=lambda: taken.extend(inbox.take(5_000, 0.0)))
-    thread.start()
     inbox.close()
-    thread.join()
-    assert len(taken) == 1
     inbox.put(delivered())
-    assert len(inbox.take(5_000, 0.0)) == 1  # and what still comes does not wait at all
+    assert len(inbox.take(5_000, 0.0)) == 1, "what comes after the end does not wait at all"
 
 
-@pytest.mark.parametrize("company", [0, 3])
-def test_the_wait_ends_by_its_time_and_tells_whether_it_brought_anything(company: int) -> None:
-    gathering = Recorded(0.3)
-    begun = time.monotonic()
-    taken, _ = taken_while(gathering, 1, [1] * company)
-    if gathering.in_vain:  # the company may have come before it began to wait
-        assert time.monotonic() - begun >= gathering.asked_s
-        assert gathering.in_vain == [company == 0] or sum(len(i.messages) for i in taken) == 4
-    assert sum(len(item.messages) for item in taken) == company + 1
+def test_the_inbox_counts_what_is_acknowledged_and_no_qos_0() -> None:
+    desk = Desk()
+    inbox = Inbox(lambda: None, desk.gathering)
+    desk.learn(20)
+    inbox.put(delivered(19))
+    inbox.put(delivered(5, qos=0))
+    assert not desk.gathering.enough(24)
+    inbox.acknowledged(1)
+    inbox.put(delivered(1))
+    assert not desk.gathering.enough(25)
+    inbox.put(delivered(1))
+    assert desk.gathering.enough(26)
+    inbox.put(delivered(1))
+    assert desk.gathering.window == 0
 
 
 def test_an_empty_inbox_begins_nothing() -> None:

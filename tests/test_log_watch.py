@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import spool.logwatch
-from collector.gather import SILENT_FOR, STRETCHED_S, Gathering
 from spool import (
     Condition,
     Conditions,
@@ -269,22 +268,6 @@ def test_a_stop_while_the_log_is_full_acknowledges_nothing(
     d.store.join()
     assert d.acked == []
     assert d.rows() == []
-
-
-def test_stretched_commits_end_by_time_or_with_the_brokers_window() -> None:
-    clock = Clock()
-    gathering = Gathering(clock)
-    assert gathering.stretched_wait(5000) == (0.0, 5000)
-    gathering.begins()
-    clock.now_s += STRETCHED_S / 4
-    left_s, messages = gathering.stretched_wait(5000)
-    assert left_s == pytest.approx(STRETCHED_S * 3 / 4)
-    assert messages == 5000
-    gathering.silent(20)
-    assert [gathering.stretched_wait(5000)[1] for _ in range(SILENT_FOR + 1)] == [
-        *[20] * SILENT_FOR,
-        5000,
-    ]
 
 
 # --- conditions
