@@ -138,6 +138,7 @@ class Housekeeping:
                     writer.check_readable(sink.position_in(writer.epoch))
         if progress := self.progress_if_due():
             writer.write_progress(progress)
+        writer.beat.turn()  # where no snapshot took one along in time
         self.conditions.clear("spool_full")  # turns are made between batches that were stored
         self._disk.look(writer.path.parent)
         level = self._level_without_garbage(writer)

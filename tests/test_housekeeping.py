@@ -1,5 +1,7 @@
 """Between the batches: what is due is done, no sooner, and nothing goes that a sink needs."""
 
+import itertools
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from spool import (
     sink_path,
     spool_path,
 )
+from spool.beat import BEAT_S, RIDE_FROM_S
 from spool.retention import FEW_EACH_S
 from tests.collector_parts import (
     MIB,
@@ -76,6 +79,27 @@ def test_an_unchanged_snapshot_is_stored_seldom_but_stays_fresh(house: House) ->
     assert house.script.snapshots == 1
     house.turn(PROGRESS_INTERVAL_S)
     assert house.script.snapshots == 2
+
+
+def test_a_sign_of_life_is_written_in_time_whatever_snapshots_take_along(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat, written = house.writer.beat, []
+    monkeypatch.setattr(beat, "_clock", house.clock)
+    write = beat.write
+
+    def noted(conn: sqlite3.Connection) -> None:
+        written.append(house.clock.now_s)
+        write(conn)
+
+    monkeypatch.setattr(beat, "write", noted)
+    for second in range(60):
+        if second in {0, 8, 30}:  # a snapshot at 8 is too soon to take one along
+            house.deliver(second)
+        house.turn(PROGRESS_INTERVAL_S)
+    gaps = [after - before for before, after in itertools.pairwise(written)]
+    assert max(gaps) <= BEAT_S
+    assert len(written) <= 60 / RIDE_FROM_S
 
 
 def test_what_rode_along_with_a_group_is_not_stored_again(house: House) -> None:

@@ -1,5 +1,6 @@
 """A commit changes as few pages as can be, and numbers are given once, also after an upgrade."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,24 @@ def test_a_number_that_is_there_already_is_found_to_be_damage(tmp_path: Path) ->
     writer.close()
     with pytest.raises(CorruptFileError):  # after which the file is set aside, and read
         SpoolWriter.open(tmp_path)
+
+
+def test_a_file_of_the_release_before_gets_small_pages_by_the_command_in_the_docs(
+    older: Path,
+) -> None:
+    SpoolWriter.open(older).close()
+    text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    command = next(line for line in text.splitlines() if "page_size=2048" in line)
+    pragmas = command.split('"')[1]
+    subprocess.run(
+        ["sqlite3", spool_path(older), pragmas],
+        check=True,
+        capture_output=True,
+    )
+    assert look(spool_path(older), "PRAGMA page_size") == [(2048,)]
+    assert look(spool_path(older), "PRAGMA auto_vacuum") == [(2,)], "incremental, as before"
+    writer = SpoolWriter.open(older)
+    assert (writer.epoch, writer.last_seq()) == ("E", 5)
+    writer.append([new_reading(7)], [], {})
+    assert look(writer.path, "SELECT seq FROM reading_row") == [(4,), (5,), (6,)]
+    writer.close()
