@@ -191,11 +191,6 @@ class BatchDelivery:
             else:
                 return
 
-    def catch_up(self) -> None:
-        """Note what was delivered, if its time has come; on a full disk wait for room."""
-        if self._state.lag_due_in_s == 0:
-            self._note_durably(self._state.catch_up)
-
     def wait(self, timeout_s: float, also: SpoolReader | None = None) -> bool:
         """Wait, and have what was delivered noted in time; return whether to stop.
 

@@ -170,14 +170,16 @@ class Drain:
             with contextlib.suppress(SpoolError):
                 self._state.beat.end("failed", str(error) or type(error).__name__)
             raise
-        self._batches.flush_notices(at_end=True)
-        self._batches.set_status("stopped", self._stop.reason)
-        with contextlib.suppress(DiskFullError):
-            self._state.beat.end("stopped", self._stop.reason)
-        if self._log_hold is not None:
-            self._log_hold.close()
-        if self._reader is not None:
-            self._reader.close()
+        else:
+            self._batches.flush_notices(at_end=True)
+            self._batches.set_status("stopped", self._stop.reason)
+            with contextlib.suppress(DiskFullError):
+                self._state.beat.end("stopped", self._stop.reason)
+            if self._log_hold is not None:
+                self._log_hold.close()
+        finally:
+            if self._reader is not None:
+                self._reader.close()
 
     def _loop(self) -> None:
         self._batches.set_status("delivering", self._batches.notice())
@@ -186,7 +188,6 @@ class Drain:
         while not self._stop.requested:
             self._watchdog.beat(LOOP)
             self._batches.flush_notices()
-            self._batches.catch_up()
             now = self._clock()
             if now - checked_at >= SPOOL_CHECK_S:
                 checked_at = now

@@ -49,9 +49,10 @@ def pages_of_rows(path: Path) -> list[int]:
 
 
 def garble(path: Path, page: int) -> None:
+    page_bytes = int.from_bytes(path.read_bytes()[16:18], "big")
     with path.open("r+b") as file:
-        file.seek(page * PAGE)
-        file.write(random.Random(page).randbytes(PAGE))  # noqa: S311 - damage, not a secret
+        file.seek(page * page_bytes)
+        file.write(random.Random(page).randbytes(page_bytes))  # noqa: S311 - damage, not a secret
 
 
 def salvaged(salvage: Salvage) -> list[NewReading]:
