@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from spool.files import SIDE_SUFFIXES
+from spool.writer import PAGE_BYTES
 
 READ_ATTEMPTS = 2
 """A read error may pass."""
@@ -27,7 +28,7 @@ _INDEX_INTERIOR = 0x02
 _MAGIC = b"SQLite format 3\0"
 _PAGE_SIZE_AT = 16
 _SMALLEST_PAGE, _LARGEST_PAGE = 512, 65_536
-_SAMPLES = 64
+_SAMPLES, _MANY_SAMPLES = 64, 4_096
 """So many pieces of the database show how large its pages are, where no header does."""
 
 _LOG_HEADER_BYTES = 32
@@ -77,17 +78,27 @@ class PageImages:
                 self._in_log.setdefault(int.from_bytes(header[:4], "big"), []).append(image)
 
     def _seen_page_bytes(self) -> int:
-        """Return the size that most leaves of tables have, in samples of the database."""
+        """Return the size that most leaves of tables have, in samples of the database.
+
+        Rows whose payloads fill pages of their own leave few leaves: where none is seen, more is
+        looked at before a new file's size is taken for this one's.
+        """
         pieces = os.fstat(self._files[0]).st_size // _LARGEST_PAGE + 1
         seen: Counter[int] = Counter({_SMALLEST_PAGE: 0})
-        for piece in range(0, pieces, max(1, pieces // _SAMPLES)):
-            data = self._read(0, piece * _LARGEST_PAGE, _LARGEST_PAGE)
-            size = _SMALLEST_PAGE
-            while size <= _LARGEST_PAGE:
-                pages = (data[at : at + size] for at in range(0, len(data), size))
-                seen[size] += sum(map(_is_filled_leaf, pages))
-                size *= 2
-        return max(seen, key=lambda size: seen[size])
+        for samples in (_SAMPLES, _MANY_SAMPLES):
+            step = max(1, pieces // samples)
+            for piece in range(0, pieces, step):
+                self._count_leaves(self._read(0, piece * _LARGEST_PAGE, _LARGEST_PAGE), seen)
+            if seen.total():
+                return max(seen, key=lambda size: seen[size])
+        return PAGE_BYTES
+
+    def _count_leaves(self, data: bytes, seen: Counter[int]) -> None:
+        size = _SMALLEST_PAGE
+        while size <= _LARGEST_PAGE:
+            pages = (data[at : at + size] for at in range(0, len(data), size))
+            seen[size] += sum(map(_is_filled_leaf, pages))
+            size *= 2
 
     def close(self) -> None:
         """Close the files."""
@@ -160,8 +171,7 @@ def _named_page_bytes(header: bytes, log_header: bytes) -> int:
 def _is_filled_leaf(page: bytes) -> bool:
     """Return whether this may be a whole leaf of a table.
 
-    Cells are laid down from the end of the page. Of half a page they point beyond its end, and of
-    two pages taken for one all are in the first half.
+    Cells are laid down from the end of the page: the one nearest to it ends there.
     """
     if page[:1] != bytes((TABLE_LEAF,)):
         return False
@@ -170,8 +180,16 @@ def _is_filled_leaf(page: bytes) -> bool:
     if not count or pointers_end > len(page):
         return False
     places = struct.unpack_from(f">{count}H", page, 8)
-    least, most = min(places), max(places)
-    return bool(least >= pointers_end and len(page) // 2 <= most < len(page))
+    last = max(places)
+    if min(places) < pointers_end or last >= len(page):
+        return False
+    try:
+        size, at = _varint(page, last)
+        _, at = _varint(page, at)
+    except IndexError:
+        return False
+    local = _local_bytes(size, len(page), in_table=True)
+    return bool(at + (size if size == local else local + 4) == len(page))
 
 
 def cells(page: bytes) -> list[int]:
@@ -216,19 +234,25 @@ def record_at(
     rowid = 0
     if in_table:
         rowid, at = _varint(page, at)
-    usable = images.page_bytes
-    most = usable - 35 if in_table else (usable - 12) * 64 // 255 - 23
-    if size <= most:
+    local = _local_bytes(size, images.page_bytes, in_table=in_table)
+    if size == local:
         payload = page[at : at + size]
     else:
-        least = (usable - 12) * 32 // 255 - 23
-        local = least + (size - least) % (usable - 4)
-        local = local if local <= most else least
         overflow = int.from_bytes(page[at + local : at + local + 4], "big")
         payload = page[at : at + local] + images.follow(overflow, size - local, by_log=by_log)
     if len(payload) != size:
         raise ValueError("the record is cut")
     return _signed(rowid), _columns(payload)
+
+
+def _local_bytes(size: int, usable: int, *, in_table: bool) -> int:
+    """Return how much of a record of ``size`` bytes is on the cell's own page (section 1.6)."""
+    most = usable - 35 if in_table else (usable - 12) * 64 // 255 - 23
+    if size <= most:
+        return size
+    least = (usable - 12) * 32 // 255 - 23
+    local = least + (size - least) % (usable - 4)
+    return local if local <= most else least
 
 
 def _columns(payload: bytes) -> list[Value]:

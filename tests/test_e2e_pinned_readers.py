@@ -105,7 +105,7 @@ def test_a_reader_left_open_on_the_spool_loses_nothing_and_is_named(policy: str)
 @pytest.mark.parametrize("sink", ["pubsub", "bigquery"])
 def test_a_reader_left_open_on_a_sinks_file_holds_that_sink_alone(sink: str) -> None:
     other = {"pubsub": "bigquery", "bigquery": "pubsub"}[sink]
-    with Rig(SPOOL_MAX_BYTES="512KiB") as rig:
+    with Rig(SPOOL_MAX_BYTES="512KiB", COMMIT_DELAY_MS="0") as rig:
         shorten(rig)
         rig.start()
         rig.publish(10)

@@ -103,6 +103,7 @@ def test_everything_wrong_at_once_is_one_report_that_names_each_variable() -> No
         "SPOOL_FULL_POLICY": "hope",
         "SPOOL_RETENTION_HOURS": "-1",
         "DEDUP_WINDOW": "x",
+        "COMMIT_DELAY_MS": "soon",
         "TIMESTAMP_FORMATS": "iso",
         "SITE_MISMATCH": "maybe",
         "REFUSED_POLICY": "lose",

@@ -192,7 +192,7 @@ def test_poison_with_healthy_readings_waiting_in_the_next_batch_is_not_even_a_ho
     table.add_healthy(100)
     stop = table.run(lambda world: world.done)
     table.check()
-    assert stop.now_s < 1.0
+    assert stop.now_s <= table.sink.gather_s  # and no hold, which is looked at again after 1 s
 
 
 @pytest.mark.parametrize("count", [150, 600])
@@ -294,7 +294,7 @@ def test_a_time_that_the_partitions_cannot_take_is_a_dead_letter_that_is_never_s
     stop = table.run(lambda world: world.done)
     table.check()
     assert {reason for _, reason in table.dead()} == {REASON}
-    assert stop.now_s < 1.0
+    assert stop.now_s <= table.sink.gather_s  # and no hold, which is looked at again after 1 s
     assert look(table.state.path, "SELECT detail FROM dead_letter")[0][0]
     if isinstance(table.service, BigQuery):
         assert table.service.fake.requests == 1

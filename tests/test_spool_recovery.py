@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import spool.recovery
+import spool.writer
 from spool import (
     CorruptFileError,
     NewReading,
@@ -460,6 +461,31 @@ def test_a_flipped_bit_in_a_rows_number_is_corruption_and_moves_no_cursor_past_i
     writer.close()
     salvage = Salvage(set_aside(spool_path(tmp_path)), 0)
     assert len(numbers(salvaged(salvage))) >= 99
+
+
+@pytest.mark.parametrize("page_bytes", [2048, 4096])
+@pytest.mark.parametrize(
+    "payload_bytes", [150, 700, 850, 900, 1000, 1300, 1500, 1800, 2000, 2200, 3000, 3700, 5000]
+)
+def test_rows_of_any_size_are_found_where_no_header_tells_the_size_of_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int, payload_bytes: int
+) -> None:
+    monkeypatch.setattr(spool.writer, "PAGE_BYTES", page_bytes)
+    writer = SpoolWriter.open(tmp_path)
+    payload = b"x" * payload_bytes
+    writer.append([new_reading(n, payload=payload) for n in range(ROWS)], [], {"spooled": ROWS})
+    writer.close()
+    overwrite(spool_path(tmp_path), 0, 100)
+    damaged = set_aside(spool_path(tmp_path))
+    assert numbers(salvaged(Salvage(damaged, 0))) == set(range(ROWS))
+
+
+def test_rows_of_pages_of_their_own_are_found_where_no_header_is_left(tmp_path: Path) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n, payload=b"x" * 200_000) for n in range(40)], [], {"spooled": 40})
+    writer.close()
+    overwrite(spool_path(tmp_path), 0, 65_536)
+    assert len(salvaged(Salvage(set_aside(spool_path(tmp_path)), 0))) >= 35
 
 
 def test_a_number_that_was_never_given_is_corruption(tmp_path: Path) -> None:

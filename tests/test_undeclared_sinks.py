@@ -14,6 +14,7 @@ from forwarder.registry import BUILDERS
 from lifecycle import SINKS, Settings
 from spool import SinkFiles, SinkState, connection, sink_path
 from spool.progress import UNDECLARED
+from spool.retention import FEW_EACH_S
 from tests.collector_parts import Logbook, deliver_through, logbook
 from tests.harness import FORWARDERS, Rig, wait_until
 from tests.house import HOUR_US, House, house_maker
@@ -108,7 +109,7 @@ def test_a_sinks_file_that_is_not_declared_holds_pruning_at_its_cursor(
     (values,) = book.values(WARNING)
     assert (values["sink"], values["cursor_seq"]) == ("toy", 4)
     deliver_through(house.directory, 9, house.writer.epoch, "toy")
-    house.turn(1.0)
+    house.turn(FEW_EACH_S)
     assert house.left == (10, 10)
     house.turn(60.0)
     assert len(book.values(WARNING)) == 1
@@ -137,7 +138,7 @@ def test_what_is_moved_away_holds_nothing_and_leaves_the_backlog(
     assert "pubsub-old" in shown(house)
     for path in house.directory.glob("pubsub-old.db*"):
         path.unlink()
-    house.turn(1.0)
+    house.turn(FEW_EACH_S)
     assert house.left == (21, 20)
     assert {*shown(house)} == {*SINKS}
     shutil.copy(sink_path(house.directory, "pubsub"), copy)

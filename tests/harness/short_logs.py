@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import spool.connection
 import spool.logwatch
+import spool.sinkstate
+from forwarder import drain
 from lifecycle import leave
 from tests.harness.programs import Program
 from tests.harness.rig import PROGRAMS, Rig
@@ -56,6 +59,9 @@ if __name__ == "__main__":
     if not hasattr(spool.logwatch, "WAL_KEPT_BYTES"):
         raise AttributeError("spool.logwatch no longer has WAL_KEPT_BYTES")
     spool.logwatch.WAL_KEPT_BYTES = KEPT_BYTES
+    # And a sink's log grows fast: by the large pages of older files, with each batch.
+    spool.sinkstate.PAGE_BYTES = spool.connection.USUAL_PAGE_BYTES
+    drain.LAG_MAX_S = 0.0
     if sys.argv[1] == "collector":
         from collector import __main__ as collector
 
