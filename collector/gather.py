@@ -45,7 +45,8 @@ PATIENCE_LEAST_S = 0.010
 """Above the time that a broker takes to send, and a LAN to carry, what stands in its queue."""
 
 PATIENCE_LONG_S = 0.25
-"""Below what was outstanding lately; longer than that, no silence is waited out."""
+"""Below what was outstanding lately; longer than that, no silence is waited out. At a high rate it
+is shorter, for a broker may have sent once what it never sends again (TRIAL_MESSAGES)."""
 
 GAP_FADES = 0.75
 """What is left of a gap in the mean after one message more: a burst counts soon."""
@@ -121,6 +122,11 @@ class Gathering:
     def window(self) -> int:
         """How many messages the broker has outstanding at most; 0 while that is not known."""
         return self._window
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages are to be acknowledged still."""
+        return self._outstanding
 
     def arrived(self, connection: int, messages: int) -> None:
         """Take note of messages that are to be acknowledged, of one read."""
@@ -204,11 +210,14 @@ class Gathering:
         return left_s
 
     def _patience_s(self) -> float:
+        # Sensors in bursts fill no queue while a wait takes this long; and if it is the window, a
+        # broker that has sent more than that before, little.
+        long_s = min(PATIENCE_LONG_S, max(PATIENCE_LEAST_S, TRIAL_MESSAGES / max(self._rate, 1.0)))
         if self._open:
-            return PATIENCE_LONG_S
+            return long_s
         suspect = self._sure > 0 and self._outstanding == self._silent_at
         if self._outstanding < NEARLY * max(self._late) and not suspect:
-            return PATIENCE_LONG_S
+            return long_s
         return min(max(PATIENCE_LEAST_S, PATIENCE_GAPS * self._gap_s), PATIENCE_LONG_S)
 
     def begins(self, messages: int) -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from collector.gather import ENOUGH_MESSAGES, Gathering
+from collector.gather import Gathering
 from collector.packets import Message
 from spool import ROW_OVERHEAD_BYTES
 
@@ -87,9 +87,7 @@ class Inbox:
     def put(self, delivered: Delivered) -> None:
         """Add what was read. Never blocks; look at :attr:`full` before reading more."""
         count = len(delivered.messages)
-        # So many end the wait in any case, and then counting would cost for nothing.
-        few = count < ENOUGH_MESSAGES
-        awaited = sum([qos > 0 for _, _, qos, *_ in delivered.messages]) if few else count
+        awaited = sum([qos > 0 for _, _, qos, *_ in delivered.messages])
         with self._changed:
             self._items.append(delivered)
             self._messages += count
@@ -110,7 +108,7 @@ class Inbox:
             self._paused = self._messages >= INBOX_MAX_MESSAGES or self._bytes >= INBOX_MAX_BYTES
             return self._paused
 
-    def take(self, max_messages: int, timeout_s: float) -> list[Delivered]:
+    def take(self, max_messages: int, timeout_s: float, *, gather: bool = True) -> list[Delivered]:
         """Return what waits, oldest first: at least one item if any, then up to the limit.
 
         A few messages wait for more, as :mod:`collector.gather` says.
@@ -118,12 +116,13 @@ class Inbox:
         Args:
             max_messages: Stop before the item that would exceed this.
             timeout_s: How long to wait for something.
+            gather: Whether what is there may wait for more; not, where the caller has other work.
         """
         with self._changed:
             if not self._items and not self._closed:
                 self._changed.wait(timeout_s)
             if self._items:
-                self._gather()
+                self._gather(wanted=gather)
             taken: list[Delivered] = []
             count = 0
             while self._items and (
@@ -145,10 +144,10 @@ class Inbox:
         """Have what comes wait longer for more, or not. From the taking thread."""
         self._gathering.stretched = wanted
 
-    def _gather(self) -> None:
+    def _gather(self, *, wanted: bool) -> None:
         gathering = self._gathering
         self._gathers = True
-        while not (self._closed or self._half_full):
+        while wanted and not (self._closed or self._half_full):
             left_s = gathering.left_s(self._messages)
             if left_s <= 0:
                 break

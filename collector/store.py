@@ -1,7 +1,7 @@
 """The writer thread: inbox → validation → one transaction → acknowledgements.
 
-Group commit: whatever waits when the last commit ended is the next batch; a few messages wait some
-milliseconds for more (:mod:`collector.gather`).
+Group commit: whatever waits when the last commit ended is the next batch; few wait for more
+for COMMIT_DELAY_MS at most (:mod:`collector.gather`).
 Between batches it keeps house: the sinks' progress, pruning, the limits, the ballast.
 """
 
@@ -145,7 +145,8 @@ class Store:
         """Store and acknowledge what waits; return whether to go on."""
         self._watchdog.beat(LOOP)
         self._look_at_log()
-        taken = self._inbox.take(GROUP_MAX_MESSAGES, 0.0 if self._house.more else IDLE_WAIT_S)
+        more = self._house.more
+        taken = self._inbox.take(GROUP_MAX_MESSAGES, 0.0 if more else IDLE_WAIT_S, gather=not more)
         for part in parts(taken, self._house.group_bytes):
             group = self._group(part)
             if not self._commit(group):

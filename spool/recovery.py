@@ -28,10 +28,13 @@ SALVAGE_STEP_BYTES = 1024 * 1024
 """A step gives back whole pages until it has reached one of the two."""
 
 SCAN_STEP_PAGES = 2_000
-"""How many pages a step looks through, to find those with readings: 8 MB."""
+"""How many pages a step looks through, to find those with readings: 4 MB of a new file's."""
 
 _FACTS_THROUGH_PAGE = 256
 """Where meta and the counters are: they are small, and were made with the file."""
+
+_ROWS_OF_A_PAGE = 100
+"""Not so many fit."""
 
 _COLUMNS = len(READING_COLUMNS.split(","))
 _VALUE = 6
@@ -99,7 +102,7 @@ class Salvage:
         self._index = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         keep_temporary_in_memory(self._index)
         self._index.execute(_INDEX)
-        self.skip_to(self._number("app_env_from_seq"))
+        self.skip_to(self._environment_from(self._facts.last_seq))
 
     @property
     def epoch(self) -> str:
@@ -135,7 +138,8 @@ class Salvage:
             return 0
         done = max(after_seq, self._progress.after_seq)
         # Without its last number only reading the file shows how many there are.
-        return max(0, self._facts.last_seq - done) if self._facts.last_seq else 1
+        most = self._images.count * _ROWS_OF_A_PAGE if self._images else 1
+        return min(max(0, self._facts.last_seq - done), most) if self._facts.last_seq else 1
 
     def skip_to(self, seq: int) -> None:
         """Begin after ``seq``: every sink has what is before. Only before the first step."""
@@ -188,7 +192,21 @@ class Salvage:
             if bounds and max(bounds) > after_seq:
                 self._index.execute(_ADD_PAGE, (bounds[0], image))
         self._scanned = end
-        return end == images.count
+        if end < images.count:
+            return False
+        # Again: the last number may be too low, which may be why the file was set aside.
+        (highest,) = self._index.execute("SELECT max(seq) FROM page").fetchone()
+        self.skip_to(self._environment_from(highest or 0))
+        return True
+
+    def _environment_from(self, given: int) -> int:
+        """Return the last seq that was taken under another APP_ENV; 0 if none.
+
+        Args:
+            given: What is beyond this was never given: it is damaged, and would pass over all.
+        """
+        text = self.meta("app_env_from_seq")
+        return int(text) if text.isdecimal() and int(text) <= given else 0
 
     def _rows_of(self, images: PageImages, first_seq: int, image: int) -> Iterator[Reading]:
         """Yield the page's whole rows, but for those that another image of it has given."""
@@ -212,7 +230,10 @@ class Salvage:
 
     def _finish(self) -> None:
         progress, facts = self._progress, self._facts
-        last_seq = facts.last_seq or progress.highest_seq
+        # What is there may contradict the last number, which may be why the file was set aside.
+        highest = progress.highest_seq
+        possible = range(highest, highest + self._scanned * _ROWS_OF_A_PAGE + 1)
+        last_seq = facts.last_seq if facts.last_seq in possible else highest
         if self.epoch or progress.after_seq:
             # Numbers have no holes, so what is neither pruned nor here is lost.
             gone = max(progress.after_seq, facts.removed)
@@ -221,10 +242,6 @@ class Salvage:
             self.unreadable = progress.bad  # nobody knows what had been pruned
         self.done = True
         self.close()
-
-    def _number(self, key: str) -> int:
-        text = self.meta(key)
-        return int(text) if text.isdecimal() and int(text) <= self._facts.last_seq else 0
 
     def close(self) -> None:
         """Close the damaged file; it stays where it is."""

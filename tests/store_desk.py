@@ -41,9 +41,9 @@ class WatchedInbox(Inbox):
         super().__init__(on_room)
         self.waits: list[float] = []
 
-    def take(self, max_messages: int, timeout_s: float) -> list[Delivered]:
+    def take(self, max_messages: int, timeout_s: float, *, gather: bool = True) -> list[Delivered]:
         self.waits.append(timeout_s)
-        return super().take(max_messages, timeout_s)
+        return super().take(max_messages, timeout_s, gather=gather)
 
 
 class Desk:

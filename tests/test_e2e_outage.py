@@ -124,7 +124,7 @@ def test_readings_wait_for_one_service_and_flow_to_the_other(rig: Rig, outage: O
 
     def over() -> bool:
         backlog = rig.books.backlog(outage.sink)  # the cursor may lag behind what is delivered
-        return backlog["state"] == "delivering" and backlog["pending"] == 0
+        return (backlog["state"], backlog["pending"]) == ("delivering", 0)
 
     wait_until(over, SOON_S, "the backlog no longer shows the outage")
 

@@ -296,6 +296,22 @@ def test_the_inbox_counts_what_is_acknowledged_and_no_qos_0() -> None:
     assert desk.gathering.window == 0
 
 
+def test_a_large_read_of_qos_0_leaves_nothing_outstanding() -> None:
+    gathering = Gathering(DELAY_S)
+    inbox = Inbox(lambda: None, gathering)
+    inbox.put(delivered(2 * ENOUGH_MESSAGES, qos=0))
+    assert len(inbox.take(5_000, 0.0)) == 1
+    assert gathering.outstanding == 0
+
+
+def test_who_has_other_work_takes_what_is_there() -> None:
+    inbox = Inbox(lambda: None, Gathering(LONG_S))
+    inbox.put(delivered())
+    assert len(inbox.take(5_000, 0.0)) == 1  # alone
+    inbox.put(delivered())
+    assert len(inbox.take(5_000, 0.0, gather=False)) == 1  # else by the test's time limit
+
+
 def test_an_empty_inbox_begins_nothing() -> None:
     gathering = Recorded(LONG_S)
     inbox = Inbox(lambda: None, gathering)

@@ -84,3 +84,18 @@ def test_after_a_reconnect_the_other_brokers_window_counts(
     assert plant.stored >= 0.95 * 200 * (2 * RUN_S - delay_s)
     if windows[1] > 200 * delay_s:
         assert plant.commits_per_s(1.5 * RUN_S) <= 1.1 / delay_s + 0.5
+
+
+@pytest.mark.parametrize("delay_s", DELAYS_S)
+def test_what_a_broker_has_sent_once_makes_no_wait_long(delay_s: float) -> None:
+    """Mosquitto 2.0.11 sends what is queued at a reconnect without regard to its window."""
+
+    def sent() -> Iterator[float]:
+        for at_s in poisson(2_000):
+            yield at_s
+            if 5.0 <= at_s < 5.001:
+                yield from [at_s] * 780
+
+    plant = Plant(20, delay_s, lax=lambda now_s: 5.0 <= now_s < 5.05)
+    plant.run(sent(), RUN_S)
+    assert plant.queued_most < QUEUE_MAX // 5

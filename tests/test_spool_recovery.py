@@ -488,6 +488,21 @@ def test_rows_of_pages_of_their_own_are_found_where_no_header_is_left(tmp_path: 
     assert len(salvaged(Salvage(set_aside(spool_path(tmp_path)), 0))) >= 35
 
 
+@pytest.mark.parametrize("damaged", [2**40 + 2_000, 900])
+def test_what_is_there_goes_before_a_last_number_that_is_damaged(
+    tmp_path: Path, damaged: int
+) -> None:
+    writer = SpoolWriter.open(tmp_path)
+    writer.append([new_reading(n, payload=PAYLOAD) for n in range(ROWS)], [], {"spooled": ROWS})
+    writer.set_meta("app_env_from_seq", "1500")  # those of another environment never come along
+    writer.close()
+    edit(spool_path(tmp_path), f"UPDATE counter SET value = {damaged} WHERE name = 'last_seq'")  # noqa: S608 - our own
+    salvage = Salvage(set_aside(spool_path(tmp_path)), 0)
+    assert salvage.waiting() <= 1_000_000
+    assert numbers(salvaged(salvage)) == set(range(1_500, ROWS))
+    assert salvage.unreadable == 0
+
+
 def test_a_number_that_was_never_given_is_corruption(tmp_path: Path) -> None:
     writer = SpoolWriter.open(tmp_path)
     writer.append([new_reading(1)], [], {})

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forwarder.drain
 import spool.connection
 import spool.logwatch
 import spool.sinkstate
-from forwarder import drain
 from lifecycle import leave
 from tests.harness.programs import Program
 from tests.harness.rig import PROGRAMS, Rig
@@ -61,11 +61,11 @@ if __name__ == "__main__":
     spool.logwatch.WAL_KEPT_BYTES = KEPT_BYTES
     # And a sink's log grows fast: by the large pages of older files, with each batch.
     spool.sinkstate.PAGE_BYTES = spool.connection.USUAL_PAGE_BYTES
-    drain.LAG_MAX_S = 0.0
+    forwarder.drain.LAG_MAX_S = 0.0  # type: ignore[attr-defined] # its own name for it
     if sys.argv[1] == "collector":
         from collector import __main__ as collector
 
         leave(collector.main())
-    from forwarder import __main__ as forwarder
+    from forwarder import __main__ as sender
 
-    leave(forwarder.main(sys.argv[2:]))
+    leave(sender.main(sys.argv[2:]))
