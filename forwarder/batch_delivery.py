@@ -211,6 +211,7 @@ class BatchDelivery:
         """Say what is wrong and wait; return whether to stop."""
         if fault is None:
             raise RuntimeError(f"sink {self._sink.name} wants a retry and gives no reason")
+        self._note_durably(self._state.catch_up)
         hold = fault.kind is FaultKind.HOLD
         wait_s = self.wait_s(fault, failures)
         self.set_status("on hold" if hold else "retrying", str(fault))
@@ -227,7 +228,6 @@ class BatchDelivery:
                 after_seq=self.position,
             ),
         )
-        self._note_durably(self._state.catch_up)
         deadline = self._clock() + wait_s
         while not self._stop.requested and (left_s := deadline - self._clock()) > 0:
             self._watchdog.beat(LOOP)
@@ -260,5 +260,6 @@ class BatchDelivery:
         """Say in the sink's file what the forwarder is doing, if that has changed."""
         detail = printable(detail)
         if (state, detail) != self._status:
+            self._note_durably(self._state.catch_up)  # waits for room on a full disk
             self._state.set_status(state, detail)
             self._status = (state, detail)

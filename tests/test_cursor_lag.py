@@ -195,6 +195,36 @@ def test_after_a_later_step_that_took_place_the_cursor_does_not_go_back(
     assert noted(state.path) == (15, 13)
 
 
+def test_after_a_new_epoch_that_took_place_the_cursor_does_not_go_back_to_the_old_one(
+    state: SinkState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.settle(Settlement(EPOCH, 12, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sinkstate, "commit", commit_and_fail)
+        with pytest.raises(StorageFaultError):
+            state.settle(Settlement("another", 3, 3))
+    state.set_status("delivering", "")
+    assert (state.known_epoch(), state.position("another")) == ("another", 3)
+    assert noted(state.path) == (3, 15)
+
+
+def test_whatever_fails_within_a_transaction_takes_it_back(
+    state: SinkState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.settle(Settlement(EPOCH, 12, 2))
+
+    def unreadable(*_: object) -> None:
+        raise StorageFaultError("read the cursor on pubsub.db failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SinkState, "_noted", unreadable)
+        with pytest.raises(StorageFaultError):
+            state.set_status("on hold", "")
+    state.set_status("stopped", "why")  # no transaction is left open
+    assert look(state.path, "SELECT state FROM status") == [("stopped",)]
+    assert noted(state.path) == (12, 12)
+
+
 def test_a_kill_takes_what_waited_and_nothing_else(state: SinkState) -> None:
     state.settle(Settlement(EPOCH, 12, 2))
     # No close: as after SIGKILL, another connection finds the file and its log.
@@ -230,7 +260,7 @@ def test_a_new_file_has_small_pages_and_an_older_one_keeps_its_own(
     with monkeypatch.context() as patch:
         patch.setattr(sinkstate, "PAGE_BYTES", USUAL_PAGE_BYTES)
         SinkState.open(tmp_path, "pubsub").close()
-    for sink, page_bytes, pages in (("pubsub", 4096, 1000), ("bigquery", 512, 8000)):
+    for sink, page_bytes, pages in (("pubsub", 4096, 1000), ("bigquery", 1024, 4000)):
         opened = SinkState.open(tmp_path, sink)
         opened.settle(Settlement(EPOCH, 1, 0, [dead(1)]))
         assert look(opened.path, "PRAGMA page_size") == [(page_bytes,)]

@@ -163,7 +163,7 @@ OF_COPIES: dict[str, Callable[[], None]] = {
 
 OFTEN = "checkpoints often"
 _OFTEN_PAGES = 3
-"""Of 4 KiB, so 6 of the spool's and 24 of a sink's."""
+"""Of 4 KiB, so 6 of the spool's and 12 of a sink's."""
 
 _OFTEN_ROWS = 20
 
