@@ -2,8 +2,8 @@
 
 A suite that finds nothing has to show that it would have found something. Each mutation takes
 away one rule that the promise rests on; everything else is the product as it is. One change is
-none: `OFTEN` only lets the write-ahead logs be moved into the databases so often that a short
-run has many such moments.
+none: `OFTEN` only lets the write-ahead logs be moved into the databases, and delivered rows leave,
+so often that a short run has many such moments.
 """
 
 import sqlite3
@@ -29,6 +29,7 @@ from spool import (
     SpoolReader,
     SpoolWriter,
     connection,
+    retention,
 )
 
 
@@ -63,6 +64,7 @@ def _prune_past_the_slowest() -> None:
         return max(p.position_in(writer.epoch) for p in sinks)
 
     _replace(Retention, "slowest", fastest)
+    _prune_often()
 
 
 def _move_the_cursor_first() -> None:
@@ -159,12 +161,21 @@ OF_COPIES: dict[str, Callable[[], None]] = {
 }
 """What does no harm while there is one machine, and its files are never put back."""
 
-OFTEN = "checkpoints often"
-_OFTEN_PAGES = 20
+OFTEN = "checkpoints and pruning often"
+_OFTEN_PAGES = 5
+"""Of 4 KiB: 10 of the spool's own, 40 of a sink's file, where a commit is two or three."""
+
+_OFTEN_ROWS = 50
 
 
-def _checkpoint_often() -> None:
+def _checkpoint_and_prune_often() -> None:
     _replace(connection, "WAL_CHECKPOINT_PAGES", _OFTEN_PAGES)
+    _prune_often()
+
+
+def _prune_often() -> None:
+    """Rows leave by the dozen: a short run would end before there are as many as are worth it."""
+    _replace(retention, "WORTH_ROWS", _OFTEN_ROWS)
 
 
 def _replace(owner: object, name: str, substitute: object) -> None:
@@ -175,6 +186,6 @@ def _replace(owner: object, name: str, substitute: object) -> None:
 
 if __name__ == "__main__":
     changes = MUTATIONS | OF_THE_SECOND_LIFE | OF_A_FAILED_SYNC | OF_COPIES
-    {**changes, OFTEN: _checkpoint_often}[sys.argv[1]]()
+    {**changes, OFTEN: _checkpoint_and_prune_often}[sys.argv[1]]()
     program, *arguments = sys.argv[2:]
     leave(collector.main() if program == "collector" else forwarder.main(arguments))

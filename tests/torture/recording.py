@@ -73,6 +73,8 @@ class Recording:
     """When the table was made: another time is another table."""
     commit_delay_ms: str
     """How long the readings gathered."""
+    pruned: int
+    """How many rows had left the spool at the end."""
 
 
 def record(  # noqa: PLR0913 - all of them say what is recorded
@@ -226,6 +228,7 @@ class Traced:
             rig.cloud.write_api.streams.names,
             rig.cloud.bigquery.store.table(TABLE_REF).created_ms,
             rig.variables["COMMIT_DELAY_MS"],
+            rig.books.counter("pruned"),
         )
 
     def _appends(self) -> Iterator[Arrival]:
