@@ -24,8 +24,8 @@ from tests.test_spool_writer import look
 ROWS_MAX = 900
 """Below what RandomSink has made up its mind about."""
 
-LAG_ROWS = 12
-"""Small, so that this bound is met as well."""
+LAG_ROWS = 8
+"""Small, so that this bound is met as well: a full batch may wait to be noted, two may not."""
 
 
 class CrashError(BaseException):
@@ -130,8 +130,24 @@ class DrainMachine(RuleBasedStateMachine):
             bench.drain(self.sink, lambda: bench.drained() or len(bench.stop.waits) >= waits)
         except CrashError:
             self.crashes += 1
+            self.what_a_crash_repeats_is_bounded()
             self.open_again()
         self.sink.crash_after = MortalState.steps_left = None
+
+    def what_a_crash_repeats_is_bounded(self) -> None:
+        """Hold a crash to it: the batch in hand, and what the cursor may lag behind."""
+        rows = look(self.bench.state.path, "SELECT seq FROM cursor")
+        noted = int(str(rows[0][0])) if rows else 0
+        unnoted = {row[0] for row in self.sink.acknowledged if row[0] > noted}
+        assert len(unnoted) <= self.sink.max_rows + LAG_ROWS - 1
+
+    @precondition(lambda self: self.bench.writer.last_seq() < ROWS_MAX)
+    @rule(crash_after=st.integers(8, 40))
+    def drain_well_and_crash(self, crash_after: int) -> None:
+        """Run while the service is well, until the process is killed."""
+        self.sink.feel(0)
+        self.bench.append(40)
+        self.drain(40, crash_after)
 
     @rule(waits=st.integers(1, 6), steps=st.integers(0, 12))
     def drain_and_crash_at_a_transaction(self, waits: int, steps: int) -> None:
