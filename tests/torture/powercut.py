@@ -48,10 +48,12 @@ class Report:
         images: How many were opened.
         revived: How many of them were given to the real processes.
         second: How many images there were besides of second cuts, while those recovered.
+        unrecorded: How many of those there is no second cut of, because the clock was set.
         revived_twice: How many of those were given to the real processes in their turn.
         messages: How many were published for them.
         acked: How many PUBACKs were seen for them.
         writes: By the file: how many writes their recordings have.
+        pruned: How many rows left the spool in their recordings.
         delays: By COMMIT_DELAY_MS: how many images there were of recordings with it.
         cuts: By the kind of what came last before the cut: how many.
         violations: Of each image that broke a rule: its number and what it broke.
@@ -62,11 +64,13 @@ class Report:
     seed: int
     images: int = 0
     revived: int = 0
+    unrecorded: int = 0
     second: int = 0
     revived_twice: int = 0
     messages: int = 0
     acked: int = 0
     writes: Counter[str] = field(default_factory=Counter)
+    pruned: int = 0
     delays: Counter[str] = field(default_factory=Counter)
     cuts: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[int, Violation]] = field(default_factory=list)
@@ -103,7 +107,7 @@ class Report:
             f"power cuts: seed {self.seed}: {tried}, {ended}, {again}, {result}",
             f"{self.acked} PUBACKs; writes: {dict(self.writes.most_common())}",
             f"cut after: {dict(self.cuts.most_common())}",
-            f"COMMIT_DELAY_MS: {dict(self.delays.most_common())}",
+            f"COMMIT_DELAY_MS: {dict(self.delays.most_common())}; {self.pruned} rows were pruned",
         ]
         if self.kept is not None:
             lines.append(f"the images that broke a rule are in {self.kept}")
@@ -123,9 +127,9 @@ def run(images: int, seed: int) -> Report:
         NoStraceError: strace is missing or may not trace.
     """
     report = Report(seed)
-    # Even, so that both ways are tried: the product as it is, and with many checkpoints; and
-    # readings that gather, and such that do not. Which goes with which depends on the seed; in a
-    # longer run each goes with each.
+    # Even, so that both ways are tried: the product as it is, and with checkpoints and pruning
+    # often; and readings that gather, and such that do not. Which goes with which depends on the
+    # seed; in a longer run each goes with each.
     recordings = 2 * math.ceil(images / (2 * IMAGES_A_RECORDING))
     for number in range(recordings):
         chance = random.Random(f"{seed} {number}")  # noqa: S311 - no secret
@@ -173,6 +177,7 @@ def try_recording(  # noqa: PLR0913 - all of them say what is recorded
             calm=mutated,
         )
     report.messages += len(recording.packets)
+    report.pruned += recording.pruned
     report.acked += sum(1 for _ in acknowledged(recording.events))
     written = (Path(e.path).name for e in recording.events if e.kind is Kind.WRITE)
     report.writes += Counter(name for name in written if name.startswith(DATABASES))
@@ -233,6 +238,7 @@ def _revive(
     report.revived += 1
     found = revival.violations
     if revival.recording is None:
+        report.unrecorded += not found
         return found
     second = revival.recording
     for cut, left in images_of(
