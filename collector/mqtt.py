@@ -253,8 +253,7 @@ class BrokerSession:
         ready: list[Ack] = []
         while self._acks:
             generation, acks = self._acks.popleft()
-            # From an older connection: those messages come again, and are known then.
-            if generation == self._connection.generation:
+            if generation == self._connection.generation:  # of an older one: they come again
                 ready += acks
         if ready and self._client.socket() is not None:
             self._client.send_acks(ready)

@@ -33,7 +33,7 @@ from forwarder.recreated import Notes, RecreatedTopic
 from forwarder.refusals import RefusalRun, refuses_all
 from forwarder.sink import Delivery, Fault, FaultKind
 from forwarder.wire import MessageEncoder
-from lifecycle import Settings, fields, pubsub_gather_s
+from lifecycle import PUBSUB_GATHER_S, Settings, fields
 from spool import DeadLetter, Reading
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class PubSubSink:
         if not topic.startswith("projects/"):
             topic = f"projects/{settings.gcp_project_id}/topics/{topic}"
         self.max_rows = BATCH_MAX_ROWS
-        self.gather_s = pubsub_gather_s(settings.commit_delay_ms)
+        self.gather_s = PUBSUB_GATHER_S
         self._topic = topic
         self._settings = settings
         self._encoder = MessageEncoder(topic, settings.instance_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from forwarder.logsink import LogSink
 from forwarder.sink import Sink
-from lifecycle import Settings, pubsub_gather_s
+from lifecycle import PUBSUB_GATHER_S, Settings
 from spool import SinkState
 
 # The clients of the cloud are imported only where they are used: APP_ENV=LOCAL, and the
@@ -50,5 +50,5 @@ def build(name: str, settings: Settings, state: SinkState) -> Sink:
         state: The sink's own file.
     """
     if settings.app_env == "LOCAL":
-        return LogSink(name, pubsub_gather_s(settings.commit_delay_ms))
+        return LogSink(name, PUBSUB_GATHER_S)
     return BUILDERS[name](settings, state)

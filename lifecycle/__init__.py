@@ -5,7 +5,7 @@ between it and the process table is here, once, for all of them. This package im
 sibling, so the spool can be used without it and it without the spool.
 """
 
-from lifecycle.delays import bigquery_gather_s, pubsub_gather_s
+from lifecycle.delays import PUBSUB_GATHER_S, bigquery_gather_s
 from lifecycle.environment import EnvironmentFileError, merged_environment
 from lifecycle.exitcodes import ExitCode
 from lifecycle.identity import Identity, SessionId, read_identity, write_identity
@@ -19,6 +19,7 @@ from lifecycle.version import VERSION, tell_version
 from lifecycle.watchdog import Watchdog
 
 __all__ = [
+    "PUBSUB_GATHER_S",
     "SINKS",
     "VERSION",
     "AlreadyRunningError",
@@ -41,7 +42,6 @@ __all__ = [
     "log_notice",
     "merged_environment",
     "printable",
-    "pubsub_gather_s",
     "read_identity",
     "run",
     "tell_version",

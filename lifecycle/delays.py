@@ -9,7 +9,8 @@ COMMIT_DELAY_MS_MAX = 1_000
 not yet seen acknowledged (a second's readings) comes again after each disconnect."""
 
 PUBSUB_GATHER_S = 0.005
-"""Whoever subscribes wants the readings soon, and each commit of the collector brings several."""
+"""The least time from one batch to Pub/Sub to the next while readings come, at any delay: whoever
+subscribes wants them soon, and each commit of the collector brings several."""
 
 BIGQUERY_GATHER_COMMITS = 5
 BIGQUERY_GATHER_LEAST_S = 0.25
@@ -17,12 +18,7 @@ BIGQUERY_GATHER_MOST_S = 5.0
 """Nobody looks at a table more often than that."""
 
 
-def pubsub_gather_s(commit_delay_ms: int) -> float:  # noqa: ARG001 - as of the others
-    """Return the least time from one batch to Pub/Sub to the next while readings come, seconds."""
-    return PUBSUB_GATHER_S
-
-
 def bigquery_gather_s(commit_delay_ms: int) -> float:
-    """Return the same for BigQuery, for each of its write methods."""
+    """Return the same for BigQuery, for each of its write methods, in seconds."""
     gather_s = BIGQUERY_GATHER_COMMITS * commit_delay_ms / 1000
     return min(max(gather_s, BIGQUERY_GATHER_LEAST_S), BIGQUERY_GATHER_MOST_S)
