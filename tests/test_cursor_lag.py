@@ -3,6 +3,7 @@
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -162,20 +163,24 @@ def test_what_waited_is_still_to_be_noted_where_the_file_could_not_be_written(
     assert noted(state.path) == (12, 12)
 
 
-def commit_and_fail(conn: OwnerConnection) -> None:
-    """Commit, and say that it failed."""
-    commit(conn)
-    raise sqlite3.OperationalError("disk I/O error")
+@contextmanager
+def a_commit_that_takes_place_and_fails() -> Iterator[None]:
+    def commit_and_fail(conn: OwnerConnection) -> None:
+        commit(conn)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sinkstate, "commit", commit_and_fail)
+        with pytest.raises(StorageFaultError):
+            yield
 
 
 def test_a_commit_that_failed_and_took_place_counts_once(
-    state: SinkState, monkeypatch: pytest.MonkeyPatch
+    state: SinkState,
 ) -> None:
     state.settle(Settlement(EPOCH, 12, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(sinkstate, "commit", commit_and_fail)
-        with pytest.raises(StorageFaultError):
-            state.catch_up()
+    with a_commit_that_takes_place_and_fails():
+        state.catch_up()
     assert noted(state.path) == (12, 12)
     state.settle(Settlement(EPOCH, 13, 1))
     state.catch_up()
@@ -183,26 +188,22 @@ def test_a_commit_that_failed_and_took_place_counts_once(
 
 
 def test_after_a_later_step_that_took_place_the_cursor_does_not_go_back(
-    state: SinkState, monkeypatch: pytest.MonkeyPatch
+    state: SinkState,
 ) -> None:
     state.settle(Settlement(EPOCH, 12, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(sinkstate, "commit", commit_and_fail)
-        with pytest.raises(StorageFaultError):
-            state.settle(Settlement(EPOCH, 15, 1, gaps=[Gap(13, 14, "left")]))
+    with a_commit_that_takes_place_and_fails():
+        state.settle(Settlement(EPOCH, 15, 1, gaps=[Gap(13, 14, "left")]))
     assert state.position(EPOCH) == 15
     state.set_status("delivering", "")
     assert noted(state.path) == (15, 13)
 
 
 def test_after_a_new_epoch_that_took_place_the_cursor_does_not_go_back_to_the_old_one(
-    state: SinkState, monkeypatch: pytest.MonkeyPatch
+    state: SinkState,
 ) -> None:
     state.settle(Settlement(EPOCH, 12, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(sinkstate, "commit", commit_and_fail)
-        with pytest.raises(StorageFaultError):
-            state.settle(Settlement("another", 3, 3))
+    with a_commit_that_takes_place_and_fails():
+        state.settle(Settlement("another", 3, 3))
     state.set_status("delivering", "")
     assert (state.known_epoch(), state.position("another")) == ("another", 3)
     assert noted(state.path) == (3, 15)
