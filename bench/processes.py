@@ -101,12 +101,13 @@ class Process:
 
     def wake_ups(self) -> int:
         """Return how often its living threads have slept and been woken."""
-        return sum(
-            int(line.split()[1])
-            for task in Path(f"/proc/{self.pid}/task").iterdir()
-            for line in (task / "status").read_text(encoding="utf-8").splitlines()
-            if line.startswith("voluntary_ctxt_switches:")
-        )
+        woken = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                for line in (task / "status").read_text(encoding="utf-8").splitlines():
+                    if line.startswith("voluntary_ctxt_switches:"):
+                        woken += int(line.split()[1])
+        return woken
 
     @property
     def running(self) -> bool:
